@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from tqdm.auto import tqdm
 
-from .data import InputError, Split
+from .data import InputError, Split, progress
 
 # %% ../nbs/02_encoder.ipynb #6d46bafe
 BACKBONES = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)), "resnet50": (Bottleneck, (3, 4, 6, 3))}
@@ -90,13 +89,13 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.encoder(self.normalize(x).contiguous(memory_format=torch.channels_last))
 
-# %% ../nbs/02_encoder.ipynb #c51abe07
+# %% ../nbs/02_encoder.ipynb #de56f95d
 @torch.inference_mode()
-def embed(encoder: nn.Module, split: Split, batch_size: int = 256, bf16: bool = False, progress: str | None = None) -> Tensor:
+def embed(encoder: nn.Module, split: Split, batch_size: int = 256, bf16: bool = False, desc: str | None = None) -> Tensor:
     "What `encoder` in eval mode gives for each image of a split: float32 `(n, d)` on the encoder's device."
     device, training = next(encoder.parameters()).device, encoder.training
     encoder.eval()
-    starts = tqdm(range(0, len(split), batch_size), progress, disable=progress is None, leave=False, delay=1)
+    starts = progress(range(0, len(split), batch_size), desc, disable=desc is None)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         h = [encoder(split.images_at(torch.arange(i, min(i + batch_size, len(split)))).to(device)).float() for i in starts]
     encoder.train(training)

@@ -328,10 +328,10 @@ class Run:
         from aavae.features import run_features
         return run_features(self, split, **options)
 
-    def evaluate(self, task: str, **options) -> list[dict[str, Any]]:
-        "Measures the representation (`linear`, `knn`) and adds the records to the run; see `aavae.evaluate`."
+    def evaluate(self, task: str, data: DataConfig | None = None, **options) -> list[dict[str, Any]]:
+        "Measures the representation (`linear`, `knn`) on the run's own images or on `data`, and adds the records to the run; see `aavae.evaluate`."
         from aavae.evaluate import evaluate
-        return evaluate(self, task, **options)
+        return evaluate(self, task, data, **options)
 
     def records(self) -> list[dict[str, Any]]: return read_records(self.path / "results.json")
 

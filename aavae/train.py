@@ -22,9 +22,8 @@ from shutil import rmtree
 import lightning as L
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from .data import ImageData, InputError, Split, load_data, permutation
+from .data import ImageData, InputError, Split, load_data, permutation, progress
 from .encoder import embed, knn_scores
 from .model import AAVAE, build_model, lr_factor
 from .run import (FORMAT, AtomicCheckpointIO, Config, Run, atomic, encoder_facts, load_checkpoint, make_config, save_encoder)
@@ -129,7 +128,7 @@ class Metrics(L.Callback):
 class OnlineKNN(L.Callback):
     "kNN accuracy (k = 20) on the validation split, every few epochs and at the end."
     def __init__(self, data: ImageData, train: Split, every: int, total: int, metrics: Metrics, bf16: bool):
-        labelled = "val" in data.splits and train.labelled and data.split("val").labelled
+        labelled = every > 0 and "val" in data.splits and train.labelled and data.split("val").labelled
         self.every = every * metrics.batches.steps_per_epoch if labelled else 0
         self.total, self.metrics, self.bf16, self.last, self.classes = total, metrics, bf16, None, len(data.classes)
         if self.every:
@@ -231,8 +230,7 @@ class Progress(L.Callback):
         self.batches, self.total, self.knn, self.bar, self.looked = batches, total, knn, None, 0.0
 
     def on_train_start(self, trainer, model):
-        live = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self.bar = tqdm(total=self.total, initial=trainer.global_step, unit="step", desc="pretrain", mininterval=0.5 if live else 15, dynamic_ncols=live)
+        self.bar = progress(desc="pretrain", total=self.total, initial=trainer.global_step, unit="step", leave=True, delay=0)
 
     def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
         step, now = trainer.global_step, time.time()
@@ -270,8 +268,8 @@ def _clear(out: Path):
     for name in ("config.yaml", "metrics.csv", "encoder.safetensors", "results.json", "report.html"): (out / name).unlink(missing_ok=True)
     for name in ("checkpoints", "features", "tensorboard"): rmtree(out / name, ignore_errors=True)
 
-# %% ../nbs/07_train.ipynb #b01a3ce7
-def pretrain(config: Config, out: str | Path, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Run:
+# %% ../nbs/07_train.ipynb #fe06b7f1
+def pretrain(config: Config, out: str | Path, resume: bool = False, overwrite: bool = False, show_progress: bool = True) -> Run:
     """Trains by `config` and returns the `Run` in folder `out`.
 
     Raises `InputError` for what the user can mend, `Diverged` if the loss is no longer finite, `Interrupted` after a signal, when all is saved."""
@@ -292,7 +290,7 @@ def pretrain(config: Config, out: str | Path, resume: bool = False, overwrite: b
     with stop_signals() as stop, _quiet():
         metrics = Metrics(out / "metrics.csv", batches)
         knn = OnlineKNN(data, train, config.train.knn_every_n_epochs, total, metrics, config.train.bf16)
-        callbacks = [metrics, knn, *([Progress(batches, total, knn)] if progress else []), Keeper(run, data, total, metrics, stop)]
+        callbacks = [metrics, knn, *([Progress(batches, total, knn)] if show_progress else []), Keeper(run, data, total, metrics, stop)]
         trainer = L.Trainer(max_steps=total, max_epochs=-1, accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, precision="bf16-mixed" if config.train.bf16 else "32-true",
                             callbacks=callbacks, plugins=[AtomicCheckpointIO()], logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         try: trainer.fit(model, StepLoader(batches, total, config.data.workers), ckpt_path=checkpoint, weights_only=True)
