@@ -127,11 +127,8 @@ def unknown_field(name: str, known, where: str) -> InputError:
 def parser_error(message: str) -> InputError:
     "One line from the several of a parser's complaint about a value."
     if "Parser key" not in message: return InputError(" ".join(message.split()) + "; see --help")
-    key = message.split('"')[1]
-    kind = TYPES.get(key, "")
-    value = message.rsplit("value: ", 1)[-1].strip() if "value: " in message else ""
-    if not kind: return InputError(" ".join(message.split()) + "; see --help")
-    return InputError(f"{key} {value!r} is not valid; it takes {kind}")
+    key, value = message.split('"')[1], message.rsplit("value: ", 1)[-1].strip()
+    return InputError(f"{key} {value!r} is not valid; " + (f"it takes {TYPES[key]}" if key in TYPES else "see --help"))
 
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null",
          tuple[float, float]: "two numbers, '[0.2, 1.0]' say", list[int]: "a list of whole numbers, '[100, 200]' say"}

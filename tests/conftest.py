@@ -1,0 +1,75 @@
+"Fixtures: the command line, the browser, and real images from the folder that AAVAE_TEST_DATA names."
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; left out unless --slow is given")
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+
+
+def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"): item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+        if "cuda" in item.keywords and not torch.cuda.is_available(): item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def aavae():
+    "Runs one command line in a process of its own: aavae('pretrain', '--out', ...) -> CompletedProcess."
+    def run(*args, **options):
+        return subprocess.run([sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())", *map(str, args)],
+                              capture_output=True, text=True, timeout=600, **options)
+    return run
+
+
+@pytest.fixture(scope="session")
+def test_data(tmp_path_factory):
+    "test_data(name) is the folder of a real data set, unpacked once; skips where AAVAE_TEST_DATA has none."
+    unpacked = {}
+    def find(name: str) -> Path:
+        if name in unpacked: return unpacked[name]
+        root = os.environ.get("AAVAE_TEST_DATA")
+        if not root: pytest.skip(f"{name} needs AAVAE_TEST_DATA, the folder of the test data")
+        folder, archive = Path(root) / name, Path(root) / f"{name}.tar.xz"
+        if not folder.is_dir():
+            if not archive.is_file(): pytest.skip(f"{root} holds no {name}")
+            target = tmp_path_factory.mktemp("data")
+            with tarfile.open(archive) as tar: tar.extractall(target, filter="data")
+            folder = target / name
+        unpacked[name] = folder
+        return folder
+    return find
+
+
+@pytest.fixture(scope="session")
+def cifar(test_data, tmp_path_factory):
+    "512 training and 100 test images of CIFAR-10 (JPEG q75), in folders of that name."
+    source, small = test_data("cifar10-jpeg"), tmp_path_factory.mktemp("cifar") / "cifar10-jpeg"
+    for split, n in (("train", 52), ("test", 10)):
+        for folder in sorted((source / split).iterdir()):
+            (small / split / folder.name).mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:n]: shutil.copy(path, small / split / folder.name)
+    return small
+
+
+@pytest.fixture(scope="session")
+def page():
+    "A page of a headless Chromium; skips where there is none."
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not chromium: pytest.skip("no Chromium here")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser.new_page()
+        browser.close()

@@ -1,0 +1,118 @@
+"The main job through the command line, on real images: pretrain, stop, go on, evaluate."
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from aavae import Run
+from aavae.run import load_checkpoint
+
+SMALL = ["--preset", "cifar10", "--data.name", "folder", "--data.val_size", "40", "--model.encoder", "resnet18", "--model.decoder", "resnet18", "--model.width", "0.125", "--model.maxpool", "true",
+         "--train.batch_size", "32", "--train.warmup_epochs", "1", "--train.max_epochs", "8", "--train.knn_every_n_epochs", "4", "--train.accelerator", "cpu"]
+
+
+def same(a, b):
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture(scope="module")
+def whole(aavae, cifar, tmp_path_factory):
+    "A run that nothing disturbed."
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = aavae("pretrain", *SMALL, "--data.root", cifar, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return Run.load(out)
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_stopped_and_resumed_is_the_same(aavae, cifar, whole, tmp_path, signum, code):
+    "A run stopped by a signal and resumed ends in the same weights, optimiser and metrics, bit for bit."
+    out, line = tmp_path / "run", ["pretrain", *SMALL, "--data.root", str(cifar), "--train.save_every_n_steps", "7", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())", *line], stderr=subprocess.PIPE, text=True)
+    until = time.time() + 120
+    while not (out / "checkpoints" / "last.ckpt").exists() and time.time() < until: time.sleep(0.05)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    if code > 0: assert "continue with --resume true" in err and "Traceback" not in err
+    assert 0 < load_checkpoint(out / "checkpoints" / "last.ckpt")["global_step"] < 120
+    done = aavae(*line, "--resume", "true")
+    assert done.returncode == 0, done.stderr
+    a, b = load_checkpoint(whole.checkpoint), load_checkpoint(out / "checkpoints" / "last.ckpt")
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"): assert same(a[part], b[part]), part
+    assert (whole.path / "metrics.csv").read_bytes() == (out / "metrics.csv").read_bytes()
+
+
+def test_evaluations_store_records(aavae, whole):
+    "Linear and kNN accuracy on the test split, with views seen and the label that says JPEG."
+    for task in ("linear", "knn"):
+        for untrained in ("false", "true"):
+            done = aavae("evaluate", task, whole.path, "--untrained", untrained)
+            assert done.returncode == 0, done.stderr
+    records = json.loads((whole.path / "results.json").read_text())
+    assert [(r["task"], r["untrained"]) for r in records] == [("linear", False), ("linear", True)] + [("knn", False)] * 2 + [("knn", True)] * 2
+    for r in records:
+        assert r["eval"]["label"] == r["pretrain"]["label"] == "CIFAR-10 (JPEG q75)" and r["eval"]["split"] == "test" and r["eval"]["n"] == 100
+        assert r["pretrain"]["views_seen"] == (0 if r["untrained"] else 8 * 15 * 32)
+        assert 0 <= r["value"] <= 1 and len(r["provenance"]["config_sha256"]) == 64
+    table = aavae("results", whole.path.parent, "--format", "csv").stdout.splitlines()
+    assert len(table) == 1 + len(records)
+
+
+def test_other_data(aavae, whole, test_data):
+    "Another data set, without a test split: the record says that the validation split was measured."
+    done = aavae("evaluate", "knn", whole.path, "--data.name", "folder", "--data.root", test_data("tiny-imagenet-scenes"), "--ks", "[20]")
+    assert done.returncode == 0, done.stderr
+    record = whole.records()[-1]
+    assert (record["eval"]["split"], record["eval"]["n"], record["eval"]["dataset"]) == ("val", 1000, "tiny-imagenet-scenes")
+
+
+def test_finished_run_is_left_alone(aavae, cifar, whole):
+    before = whole.checkpoint.stat().st_mtime_ns
+    assert aavae("pretrain", *SMALL, "--data.root", cifar, "--out", whole.path).returncode == 2
+    assert aavae("pretrain", *SMALL, "--data.root", cifar, "--out", whole.path, "--resume", "true").returncode == 0
+    assert whole.checkpoint.stat().st_mtime_ns == before
+
+
+def test_other_images_are_noticed(aavae, cifar, whole, tmp_path):
+    "Resuming on a folder whose images differ is refused."
+    import shutil
+    out, other = tmp_path / "run", tmp_path / "cifar10-jpeg"
+    shutil.copytree(whole.path, out)
+    shutil.copytree(cifar, other)
+    next((other / "train").rglob("*.jpg")).unlink()
+    done = aavae("pretrain", *SMALL, "--data.root", other, "--out", out, "--resume", "true", "--train.max_epochs", "9")
+    assert done.returncode == 2 and "are not those" in done.stderr
+
+
+@pytest.mark.cuda
+def test_cuda_step_agrees_with_cpu():
+    "One step in float32, TF32 off: loss and gradients on CUDA are those of the CPU within 1e-4."
+    from aavae.data import load_data
+    from aavae.model import build_model
+    from aavae.train import preset
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    config = preset("digits")
+    data = load_data(config.data)
+    images, index = data.split("train").images[:32], torch.arange(32)
+    steps = {}
+    for device in ("cpu", "cuda"):
+        model = build_model(config.model, config.objective, config.views, 16, data.mean, data.std).to(device)
+        loss = model.training_step((images.to(device), index.to(device), 0))["loss"]
+        loss.backward()
+        steps[device] = loss.item(), torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
+    (a, ga), (b, gb) = steps.values()
+    assert abs(a - b) < 1e-4 * abs(a) and (ga - gb).norm() < 1e-4 * ga.norm()
+
+
+@pytest.mark.cuda
+def test_cuda_run(aavae, cifar, tmp_path):
+    done = aavae("pretrain", *SMALL[:-2], "--data.root", cifar, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert aavae("evaluate", "knn", tmp_path / "run").returncode == 0
