@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .data import InputError, permutation, random_bits, uniform
+from .data import InputError, uniform
 
 # %% ../nbs/01_augment.ipynb #7c34bec7
 @dataclass
@@ -109,6 +109,7 @@ def crop(x: Tensor, box: Tensor, flip: Tensor, out: tuple[int, int]) -> Tensor:
 # %% ../nbs/01_augment.ipynb #a7b5775b
 def blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     "Gaussian blur of `x (n, c, h, w)` by `sigma (n,)` pixels with an odd `kernel`, reflected at the border."
+    if kernel // 2 >= min(x.shape[2:]): raise InputError(f"views.blur_kernel {kernel} is too large for images of {min(x.shape[2:])} pixels; use less than {2 * min(x.shape[2:])}")
     def matrix(size):                                                                # (n, size, size)
         offset = torch.arange(kernel, device=x.device) - kernel // 2
         weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)                    # (n, kernel)
@@ -169,11 +170,15 @@ def jitter_(x: Tensor, views: Views) -> Tensor:
         adjust_(x, torch.where(views.jitter, op, -1), views.factor.gather(1, op[:, None])[:, 0])
     return x
 
-# %% ../nbs/01_augment.ipynb #1191b218
+# %% ../nbs/01_augment.ipynb #519ea862
+@torch.no_grad()
 def apply_views(x: Tensor, views: Views, config: ViewsConfig, chunk: int = 512) -> Tensor:
-    "The views of images `x (n, 3, h, w)`, 8-bit or float in [0, 1]: float32 `(n, 3, h, w)` in [0, 1]."
+    "The views of images `x (n, 3, h, w)`, 8-bit or float in [0, 1]: float32 `(n, 3, h, w)` in [0, 1], under autocast too."
+    with torch.autocast(x.device.type, enabled=False): return _apply_views(x, views, config, chunk)
+
+def _apply_views(x: Tensor, views: Views, config: ViewsConfig, chunk: int) -> Tensor:
     if not x.is_cuda and len(x) > chunk:
-        return torch.cat([apply_views(x[i:i + chunk], views[i:i + chunk], config) for i in range(0, len(x), chunk)])
+        return torch.cat([_apply_views(x[i:i + chunk], views[i:i + chunk], config, chunk) for i in range(0, len(x), chunk)])
     size = x.shape[-2:]
     x = crop(x, views.box, views.flip, size)
     if config.jitter and config.jitter_p: x = jitter_(x, views)

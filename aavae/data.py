@@ -142,7 +142,7 @@ class ImageData:
         self.name, self.classes, self.image_size = name, classes, image_size
         self.label = LABELS.get(name, name)
         self.skipped: list[str] = []                 # files left out by on_error="skip", with the reason
-        self._make, self._made, self._stats = splits, {}, (mean, std)
+        self._make, self._made, self._stats, self._fingerprint = splits, {}, (mean, std), None
 
     @property
     def splits(self) -> list[str]: return list(self._make)
@@ -176,11 +176,13 @@ class ImageData:
 
     def fingerprint(self) -> str:
         "SHA-256 of the training split: pixels and labels if resident, else paths, file sizes and labels."
+        if self._fingerprint: return self._fingerprint
         train = self.split("train")
         h = hashlib.sha256(train.labels.numpy().tobytes())
         if train.images is not None: h.update(train.images.cpu().contiguous().numpy())
         for p in train.paths if train.images is None else []: h.update(f"{p.name}:{p.stat().st_size};".encode())
-        return h.hexdigest()
+        self._fingerprint = h.hexdigest()
+        return self._fingerprint
 
 # %% ../nbs/00_data.ipynb #b9700a67
 LABELS = {"digits": "digits (scikit-learn)", "cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG q75)",

@@ -86,7 +86,7 @@ COLUMNS = ("step", "epoch", "views_seen", "loss", "log_likelihood", "kl", "logsc
 class Metrics(L.Callback):
     "Writes `metrics.csv`, and the same values for TensorBoard if that is installed."
     def __init__(self, path: Path, batches: Batches):
-        self.path, self.batches, self.rows = path, batches, {}
+        self.path, self.batches, self.rows, self.step = path, batches, {}, 0
         self.finite, self.writer = None, None
 
     def on_train_start(self, trainer, model):
@@ -102,7 +102,8 @@ class Metrics(L.Callback):
         if len(self.rows) >= ROWS_HELD: self.flush()
 
     def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
-        step, finite = trainer.global_step, torch.isfinite(outputs["loss"])
+        self.step = step = trainer.global_step
+        finite = torch.isfinite(outputs["loss"])
         self.finite = finite if self.finite is None else self.finite & finite
         if step % LOG_EVERY == 0 or step == 1:
             o = model.optim
@@ -115,7 +116,7 @@ class Metrics(L.Callback):
     def flush(self):
         "Writes the rows that are held. Raises `Diverged` if a loss since the last time was not finite."
         steps, n = sorted(self.rows), self.batches.steps_per_epoch
-        if self.finite is not None and not self.finite: raise Diverged(f"the loss became infinite or NaN by step {max(steps, default=0)}")
+        if self.finite is not None and not self.finite: raise Diverged(f"the loss became infinite or NaN by step {self.step}")
         with open(self.path, "a") as f:
             for step in steps:
                 row = {k: float(v) for k, v in self.rows[step].items()}
