@@ -13,11 +13,9 @@ import torch
 
 BLOCKED = ("plotly", "ipywidgets", "IPython", "nbdev", "fastcore", "anywidget", "jupyterlab", "tensorboard", "pytest")
 WITHOUT = f"""
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {BLOCKED}: raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
-sys.meta_path.insert(0, Blocker())
+from importlib.machinery import PathFinder
+usual = PathFinder.find_spec
+PathFinder.find_spec = classmethod(lambda cls, name, *args: None if name.split(".")[0] in {BLOCKED} else usual(name, *args))
 """
 
 
