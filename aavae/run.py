@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'NAMES', 'TYPES', 'FORMAT', 'TrainConfig', 'Config', 'config_parser', 'unknown_field', 'parser_error',
            'read_yaml', 'make_config', 'atomic', 'AtomicCheckpointIO', 'load_checkpoint', 'save_encoder',
-           'encoder_facts', 'load_encoder', 'git_state', 'versions', 'provenance', 'Run', 'locked', 'read_records',
-           'make_record']
+           'encoder_facts', 'load_encoder', 'git_state', 'versions', 'provenance', 'device_name', 'Run', 'locked',
+           'read_records', 'make_record']
 
 # %% ../nbs/06_run.ipynb #804215fb
 import csv
@@ -18,7 +18,7 @@ import json
 import os
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -187,7 +187,8 @@ def atomic(path: str | Path):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder); os.close(folder)
     except OSError as e: raise InputError(f"{path} cannot be written ({e.strerror or e}); free space or choose another --out") from e
-    finally: part.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): part.unlink()
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     "Lightning's checkpoints, written whole or not at all, and read without running code."
@@ -249,12 +250,13 @@ def versions() -> dict[str, str]:
 def provenance(config: Config, fingerprint: str, device: torch.device, started: float) -> dict[str, Any]:
     "Where a result comes from; `started` is `time.time()` at its start."
     commit, dirty = git_state()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {"commit": commit, "dirty": dirty, "config_sha256": hashlib.sha256(config.to_yaml().encode()).hexdigest(), "data_fingerprint": fingerprint,
-            "device": name, "cpu_threads": torch.get_num_threads(), "versions": versions(),
+            "device": device_name(device), "cpu_threads": torch.get_num_threads(), "versions": versions(),
             "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"), "minutes": round((time.time() - started) / 60, 2)}
 
-def _cpu_name() -> str:
+def device_name(device: torch.device) -> str:
+    "The name of the GPU, or of the CPU."
+    if device.type == "cuda": return torch.cuda.get_device_name(device)
     try: return next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
     except (OSError, StopIteration): return "CPU"
 

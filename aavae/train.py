@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from .data import ImageData, InputError, Split, load_data, permutation, progress
 from .encoder import embed, knn_scores
 from .model import AAVAE, build_model, lr_factor
-from .run import (FORMAT, AtomicCheckpointIO, Config, Run, atomic, encoder_facts, load_checkpoint, make_config, save_encoder)
+from .run import (FORMAT, AtomicCheckpointIO, Config, Run, atomic, device_name, load_checkpoint, make_config, save_encoder)
 
 # %% ../nbs/07_train.ipynb #8f65324b
 PRESETS = {
     "cifar10": {"data.name": "cifar10", "data.image_size": 32, "data.val_size": 5000},
     "digits": {"views.crop_scale": (0.4, 1.0), "views.flip": 0.0, "views.jitter_p": 0.0, "views.grey_p": 0.0,
                "model.encoder": "resnet18", "model.decoder": "resnet18", "model.width": 0.25, "model.maxpool": True, "model.latent_dim": 64,
-               "train.max_epochs": 60, "train.batch_size": 64, "train.lr": 1e-3, "train.warmup_epochs": 5, "train.knn_every_n_epochs": 10}}
+               "train.max_epochs": 45, "train.batch_size": 64, "train.lr": 1e-3, "train.warmup_epochs": 5, "train.knn_every_n_epochs": 5}}
 
 def preset(name: str, **changes) -> Config:
     "The settings of a preset, with `changes` such as `train__lr=1e-3` (two underscores for the dot). Raises `InputError` if there is none of that name."
@@ -222,7 +222,7 @@ class Keeper(L.Callback):
         c, n = self.run.config, self.metrics.batches.steps_per_epoch
         return dict(model=asdict(c.model), image_size=self.data.image_size, mean=self.data.mean, std=self.data.std, dataset=self.data.name, label=self.data.label,
                     step=step, epochs=round(step / n, 4), views_seen=step * c.train.batch_size, minutes=round(self.seconds / 60, 3),
-                    seconds_per_epoch=round(self.seconds / step * n, 3), skipped=len(self.data.skipped), finished=step == self.total)
+                    seconds_per_epoch=round(self.seconds / step * n, 3), skipped=len(self.data.skipped), device=device_name(c.train.device), finished=step == self.total)
 
 # %% ../nbs/07_train.ipynb #8b6532a0
 class Progress(L.Callback):

@@ -13,6 +13,7 @@ import torch
 
 BLOCKED = ("plotly", "ipywidgets", "IPython", "nbdev", "fastcore", "anywidget", "jupyterlab", "tensorboard", "pytest")
 WITHOUT = f"""
+import sys
 from importlib.machinery import PathFinder
 usual = PathFinder.find_spec
 PathFinder.find_spec = classmethod(lambda cls, name, *args: None if name.split(".")[0] in {BLOCKED} else usual(name, *args))

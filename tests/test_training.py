@@ -1,9 +1,12 @@
 "The main job through the command line, on real images: pretrain, stop, go on, evaluate."
 import json
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,7 +85,6 @@ def test_finished_run_is_left_alone(aavae, cifar, whole):
 
 def test_other_images_are_noticed(aavae, cifar, whole, tmp_path):
     "Resuming on a folder whose images differ is refused."
-    import shutil
     out, other = tmp_path / "run", tmp_path / "cifar10-jpeg"
     shutil.copytree(whole.path, out)
     shutil.copytree(cifar, other)
@@ -116,3 +118,21 @@ def test_cuda_run(aavae, cifar, tmp_path):
     done = aavae("pretrain", *SMALL[:-2], "--data.root", cifar, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert aavae("evaluate", "knn", tmp_path / "run").returncode == 0
+
+
+def test_a_pickle_never_runs(aavae, cifar, whole, tmp_path):
+    "A last.ckpt that is a pickle with code in it is refused with one line, and the code does not run."
+    class Bomb:
+        def __reduce__(self): return Path.touch, (tmp_path / "it ran",)
+    shutil.copytree(whole.path, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(pickle.dumps(Bomb()))
+    done = aavae("pretrain", "--out", tmp_path / "run", "--resume", "true", "--train.max_epochs", "9")
+    assert done.returncode == 2 and "is not a checkpoint of aavae" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_divergence_is_a_message(aavae, tmp_path):
+    "A loss that becomes NaN ends in one line and exit code 1, and no checkpoint holds it."
+    done = aavae("pretrain", "--out", tmp_path / "run", "--train.lr", "1e30", "--train.warmup_epochs", "0", "--train.max_epochs", "2")
+    assert done.returncode == 1 and "lower --train.lr" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
