@@ -109,7 +109,7 @@ def kornia_views(size: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
     "The same by kornia's batched augmentations, one draw per image. Raises `ImportError` without kornia."
     import kornia.augmentation as K
     views = nn.Sequential(K.RandomResizedCrop((size, size), scale=(0.08, 1.0), cropping_mode="resample"), K.RandomHorizontalFlip(),
-                          K.ColorJiggle(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2))
+                          K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2))
     normalize = Normalize(*CIFAR10_STATS)
     return lambda images, n: (normalize(views(images.float() / 255)), normalize(images))
 

@@ -60,8 +60,8 @@ def _records(run: Run, data: ImageData, values: dict[str, list[float]], started:
     records = []
     for name, accuracies in values.items():
         reading, seeds = READINGS[name], list(SEEDS[:len(accuracies)])
-        hyperparameters = {"k": 20, "temperature": 0.07} if reading["task"] == "knn" else {"epochs": 90, "batch_size": 256, "lr": 0.1, "standardize": True, "reading": name}
-        record = make_record(run, data, reading["task"], "top1", accuracies, seeds, reading["split"], len(data.split("test")), hyperparameters, started, untrained)
+        hyperparameters = {"k": 20, "temperature": 0.07} if reading["task"] == "knn" else {"epochs": 90, "batch_size": 256, "lr": 0.1, "standardize": True}
+        record = make_record(run, data, reading["task"], "top1", accuracies, seeds, reading["split"], len(data.split("test")), hyperparameters | {"reading": name}, started, untrained)
         if name == "10 labels per class": record["eval"]["fraction"] = round(100 / len(data.split("train")), 4)
         records.append(record)
     return records

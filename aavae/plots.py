@@ -130,9 +130,10 @@ TASKS = {"knn": "kNN", "linear": "linear probe", "semi": "fine-tuned", "classify
 def measure(record: dict) -> str:
     "How an accuracy was measured: `kNN k=20`, `linear probe on views`."
     e, h, pretrained = record["eval"], record["eval"].get("hyperparameters") or {}, record["pretrain"]
+    if "reading" in h: return h["reading"]                               # a name of its own, as in the demo
     return (TASKS.get(record["task"], record["task"]) + (f" k={h['k']}" if "k" in h else "")
             + (" on views" if e.get("views") else "") + (f", {100 * e['fraction']:g}% of labels" if e.get("fraction", 1) != 1 else "")
-            + (f", {e['label']}" if e["dataset"] != pretrained["dataset"] else ""))
+            + (f", {e['label']}" if e["dataset"] != pretrained["dataset"] else "") + (f", {e['split']}" if e["split"] not in ("test", "val") else ""))
 
 def accuracies(runs: dict[str, Run]) -> dict[str, dict[str, float]]:
     "Top-1 accuracies in [0, 1] by run and way of measuring. Untrained networks share a row if they agree."
