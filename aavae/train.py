@@ -33,7 +33,7 @@ PRESETS = {
     "cifar10": {"data.name": "cifar10", "data.image_size": 32, "data.val_size": 5000},
     "digits": {"views.crop_scale": (0.4, 1.0), "views.flip": 0.0, "views.jitter_p": 0.0, "views.grey_p": 0.0,
                "model.encoder": "resnet18", "model.decoder": "resnet18", "model.width": 0.25, "model.maxpool": True, "model.latent_dim": 64,
-               "train.max_epochs": 45, "train.batch_size": 64, "train.lr": 1e-3, "train.warmup_epochs": 5, "train.knn_every_n_epochs": 5}}
+               "train.max_epochs": 30, "train.batch_size": 64, "train.lr": 1e-3, "train.warmup_epochs": 5, "train.knn_every_n_epochs": 5}}
 
 def preset(name: str, **changes) -> Config:
     "The settings of a preset, with `changes` such as `train__lr=1e-3` (two underscores for the dot). Raises `InputError` if there is none of that name."
@@ -124,6 +124,9 @@ class Metrics(L.Callback):
                 f.write(",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in [(facts | row).get(c, "") for c in COLUMNS]) + "\n")
                 for k, v in row.items() if self.writer else (): self.writer.add_scalar(k, v, step)
         self.rows, self.finite = {}, None
+
+    def close(self):
+        if self.writer: self.writer.close()
 
 # %% ../nbs/07_train.ipynb #dd756899
 class OnlineKNN(L.Callback):
@@ -242,7 +245,7 @@ class Progress(L.Callback):
             self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
 
-    def teardown(self, trainer, model, stage):
+    def close(self):
         if self.bar is not None: self.bar.close()
 
 # %% ../nbs/07_train.ipynb #895de68c
@@ -291,12 +294,16 @@ def pretrain(config: Config, out: str | Path, resume: bool = False, overwrite: b
     with stop_signals() as stop, _quiet():
         metrics = Metrics(out / "metrics.csv", batches)
         knn = OnlineKNN(data, train, config.train.knn_every_n_epochs, total, metrics, config.train.bf16)
-        callbacks = [metrics, knn, *([Progress(batches, total, knn)] if show_progress else []), Keeper(run, data, total, metrics, stop)]
+        bar = Progress(batches, total, knn)
+        callbacks = [metrics, knn, *([bar] if show_progress else []), Keeper(run, data, total, metrics, stop)]
         trainer = L.Trainer(max_steps=total, max_epochs=-1, accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, precision="bf16-mixed" if config.train.bf16 else "32-true",
                             callbacks=callbacks, plugins=[AtomicCheckpointIO()], logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         try: trainer.fit(model, StepLoader(batches, total, config.data.workers), ckpt_path=checkpoint, weights_only=True)
         except _Pause as e: print(e, file=sys.stderr)
-        except Diverged as e: raise Diverged(f"{e}; lower --train.lr or use --train.precision 32. The last good checkpoint is kept in {out}") from None
+        except Diverged as e: raise Diverged(f"{e}; lower --train.lr or use --train.precision 32. What was saved before is kept in {out}") from None
+        finally:
+            metrics.close()
+            bar.close()
     return run
 
 # %% ../nbs/07_train.ipynb #81af43df
