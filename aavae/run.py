@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -199,7 +200,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def load_checkpoint(path: str | Path, map_location=None) -> dict:
     "A checkpoint of this package. Raises `InputError` if the file is something else; a pickle with code in it is refused, not run."
-    try: checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+    try:
+        with warnings.catch_warnings(action="ignore"): checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
     except FileNotFoundError as e: raise InputError(f"{path} is not there; the run has saved nothing yet, start it anew with --overwrite true") from e
     except Exception as e: raise InputError(f"{path} is not a checkpoint of aavae, or is damaged; start anew with --overwrite true") from e
     if not isinstance(checkpoint, dict) or "aavae" not in checkpoint: raise InputError(f"{path} is not a checkpoint of aavae; choose another run")
