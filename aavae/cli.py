@@ -16,6 +16,8 @@ import traceback
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from .data import DataConfig, ImageData, InputError, load_data, progress
 from .run import SECTIONS, TYPES, Config, Run, atomic, config_parser, make_config, parser_error, read_records, read_yaml, unknown_field
 from .train import PRESETS, Diverged, Interrupted, preset, pretrain
@@ -103,7 +105,8 @@ def cmd_evaluate(argv: list[str]):
     task, function = argv[0], TASKS[argv[0]]
     parser = new_parser(f"evaluate {task}", f"Measure a run: {inspect.getdoc(function)}")
     parser.add_argument("run", type=str, help="folder of the run")
-    for f in fields(DataConfig): parser.add_argument(f"--data.{f.name}", type=str, default=None)
+    for f in fields(DataConfig):                     # the size is the run's own
+        if f.name != "image_size": parser.add_argument(f"--data.{f.name}", type=str, default=None)
     parser.add_function_arguments(function, skip={"run", "data"})
     args = parse(parser, argv[1:])
     run, given = Run.load(args.run), {f"data.{k}": v for k, v in vars(args.data).items() if v is not None}
@@ -122,7 +125,6 @@ def cmd_data(argv: list[str]):
 
 def describe_data(data: ImageData) -> str:
     "A text table of the splits; every file is decoded on the way. Raises `InputError` at one that cannot be."
-    import torch
     from aavae.evaluate import format_table
     rows = []
     for name in data.splits:
@@ -218,4 +220,4 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:                          # the reader of our output, head say, has had enough
         sys.stderr.close()
         return 0
-    except MemoryError: return fail(1, "error: out of memory; use a smaller --train.batch_size")
+    except (MemoryError, torch.OutOfMemoryError): return fail(1, "error: out of memory; use a smaller --train.batch_size")

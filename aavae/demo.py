@@ -80,6 +80,12 @@ def demo(out: str | Path = "runs/demo", overwrite: bool = False, **changes) -> P
         return out / "report.html"
     if out.exists() and not out.is_dir(): raise InputError(f"{out} is a file; choose another --out")
     table.unlink(missing_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                         # the networks are so small that a second thread would only be waited for
+    try: return _demo(out, overwrite, changes)
+    finally: torch.set_num_threads(threads)
+
+def _demo(out: Path, overwrite: bool, changes: dict[str, Any]) -> Path:
     started, runs = time.time(), {}
     for objective, name in NAMES.items():
         config, path = preset("digits", objective__name=objective, **changes), out / objective

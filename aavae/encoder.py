@@ -89,8 +89,8 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.encoder(self.normalize(x).contiguous(memory_format=torch.channels_last))
 
-# %% ../nbs/02_encoder.ipynb #de56f95d
-@torch.inference_mode()
+# %% ../nbs/02_encoder.ipynb #21d0f968
+@torch.no_grad()
 def embed(encoder: nn.Module, split: Split, batch_size: int = 256, bf16: bool = False, desc: str | None = None) -> Tensor:
     "What `encoder` in eval mode gives for each image of a split: float32 `(n, d)` on the encoder's device."
     device, training = next(encoder.parameters()).device, encoder.training

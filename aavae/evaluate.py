@@ -44,6 +44,7 @@ def fit_probe(batch, y: Tensor, d: int, n_classes: int, seeds: tuple[int, ...] =
     """Trains linear classifiers on features by SGD (Appendix A.1). `batch(index (seeds, b), epoch)` gives features `(seeds, b, d)`; `y (n,)` are the labels.
 
     `lr` is 0.1 * batch_size / 256 unless given. Raises `InputError` if there is but one class."""
+    if min(epochs, batch_size, len(seeds)) < 1: raise InputError("a probe needs at least one epoch, one image a batch and one seed; raise --max_epochs, --batch_size or name --seeds")
     if len(y.unique()) < 2: raise InputError("a probe needs at least two classes of labelled images; choose other data")
     n, y, lr = len(y), y.to(device), 0.1 * batch_size / 256 if lr is None else lr
     index = torch.arange(n_classes)
@@ -104,11 +105,12 @@ def _labelled(data: ImageData) -> str:
 
 def knn(run: Run, data: ImageData, untrained: bool = False, epoch: int | None = None, ks: tuple[int, ...] = (20, 200), temperature: float = 0.07) -> list[dict[str, Any]]:
     "Records of the weighted kNN classifier (Wu et al., 2018), one for each k."
+    if min(ks, default=0) < 1: raise InputError(f"--ks {list(ks)} needs numbers from 1; use '[20, 200]', the defaults")
     started, split = time.time(), _labelled(data)
     train, test = (run.features(s, data=data, untrained=untrained, epoch=epoch) for s in ("train", split))
     scores = knn_scores(train.x, train.y, test.x, len(data.classes), ks, temperature)
     return [make_record(run, data, "knn", "top1", [(s.argmax(1) == test.y).double().mean().item()], [run.config.train.seed], split, len(test),
-                        {"k": k, "temperature": temperature}, started, untrained, epoch=epoch) for k, s in zip(ks, scores)]
+                        {"k": min(k, len(train)), "temperature": temperature}, started, untrained, epoch=epoch) for k, s in zip(ks, scores)]
 
 def linear(run: Run, data: ImageData, untrained: bool = False, epoch: int | None = None, views: bool = False, seeds: tuple[int, ...] = (0,),
            max_epochs: int = 90, batch_size: int = 256, lr: float | None = None, weight_decay: float = 0.0, standardize: bool = False) -> list[dict[str, Any]]:
@@ -121,7 +123,7 @@ def linear(run: Run, data: ImageData, untrained: bool = False, epoch: int | None
             probe = _probe_on_views(encoder, data.split("train"), len(data.classes), run.config.views.flip, train.bf16, **options)
     else: probe = linear_probe(run.features("train", data=data, untrained=untrained, epoch=epoch), len(data.classes), standardize, train.device, **options)
     test = run.features(split, data=data, untrained=untrained, epoch=epoch)
-    hyperparameters = {"optimizer": "SGD, Nesterov 0.9, cosine", "epochs": max_epochs, "batch_size": batch_size, "lr": lr or 0.1 * batch_size / 256, "weight_decay": weight_decay, "standardize": standardize}
+    hyperparameters = {"optimizer": "SGD, Nesterov 0.9, cosine", "epochs": max_epochs, "batch_size": batch_size, "lr": 0.1 * batch_size / 256 if lr is None else lr, "weight_decay": weight_decay, "standardize": standardize}
     return [make_record(run, data, "linear", "top1", probe.accuracy(test), list(seeds), split, len(test), hyperparameters, started, untrained, views, epoch)]
 
 # %% ../nbs/09_evaluate.ipynb #60e0ab4c

@@ -66,6 +66,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not 0 <= value < float("inf") or (name != "weight_decay" and value == 0): raise InputError(f"train.{name} {value} is out of range; use a number above 0")
         if any(e < 1 for e in self.keep_at_epochs): raise InputError(f"train.keep_at_epochs {self.keep_at_epochs} has an epoch below 1; epochs count from 1")
+        if self.seed >= 2**31: raise InputError(f"train.seed {self.seed} is too large; use less than {2**31}")
         self.max_seconds
 
     @property
@@ -169,7 +170,9 @@ def make_config(values: dict[str, Any], defaults: Config | None = None) -> Confi
         if name not in TYPES: raise unknown_field(name, TYPES, "a field")
     from jsonargparse import ArgumentError
     parser, tree = config_parser(defaults=defaults), {}
-    for name, value in values.items(): tree.setdefault(name.split(".")[0], {})[name.split(".")[1]] = value
+    for name, value in values.items():
+        if TYPES[name].startswith("one of") and isinstance(value, int): value = str(value).lower()      # YAML's true and 32
+        tree.setdefault(name.split(".")[0], {})[name.split(".")[1]] = value
     try: return Config(**{s: parser_out for s, parser_out in vars(parser.instantiate(parser.parse_object(tree))).items() if s in SECTIONS})
     except ArgumentError as e: raise parser_error(str(e)) from e
 
@@ -194,7 +197,9 @@ def atomic(path: str | Path):
 class AtomicCheckpointIO(TorchCheckpointIO):
     "Lightning's checkpoints, written whole or not at all, and read without running code."
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        with atomic(path) as f: torch.save(checkpoint, f)
+        buffer = io.BytesIO()                        # torch.save reports a full disk as a RuntimeError, a plain write as what it is
+        torch.save(checkpoint, buffer)
+        with atomic(path) as f: f.write(buffer.getbuffer())
 
     def load_checkpoint(self, path, map_location=None, weights_only=None): return load_checkpoint(path, map_location)
 

@@ -92,7 +92,7 @@ class Metrics(L.Callback):
     def on_train_start(self, trainer, model):
         "Cuts the file back to the step that training goes on from."
         kept = []
-        if self.path.exists(): kept = [r for r in csv.DictReader(self.path.read_text().splitlines()) if int(r["step"]) <= trainer.global_step]
+        if self.path.exists(): kept = [r for r in csv.DictReader(self.path.read_text().splitlines()) if None not in r.values() and int(r["step"]) <= trainer.global_step]
         with atomic(self.path) as f: f.write("".join(",".join(r) + "\n" for r in [COLUMNS, *[[r[c] for c in COLUMNS] for r in kept]]).encode())
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
@@ -210,8 +210,8 @@ class Keeper(L.Callback):
 
     def save(self, trainer, model):
         self.check(model, trainer.global_step)
+        save_encoder(self.run.path / "encoder.safetensors", model, self.facts(trainer.global_step))   # first: resuming mends an encoder that is ahead
         trainer.save_checkpoint(self.run.checkpoint)
-        save_encoder(self.run.path / "encoder.safetensors", model, self.facts(trainer.global_step))
         self.saved = time.time()
 
     def check(self, model: AAVAE, step: int):
@@ -248,9 +248,9 @@ class Progress(L.Callback):
     def close(self):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/07_train.ipynb #895de68c
+# %% ../nbs/07_train.ipynb #779689c8
 RESUMABLE = {"train.max_epochs", "train.max_steps", "train.max_time", "train.save_every_n_steps", "train.save_every_minutes", "train.keep_at_epochs",
-             "train.knn_every_n_epochs", "train.accelerator", "data.root", "data.download", "data.resident", "data.workers"}
+             "train.knn_every_n_epochs", "train.accelerator", "data.root", "data.download", "data.workers"}
 
 def _existing(config: Config, out: Path, resume: bool, overwrite: bool) -> bool:
     "Whether `out` holds a run to go on with. Raises `InputError` where the folder and the wish do not fit."
