@@ -33,7 +33,7 @@ PRESETS = {
     "cifar10": {"data.name": "cifar10", "data.image_size": 32, "data.val_size": 5000},
     "digits": {"views.crop_scale": (0.4, 1.0), "views.flip": 0.0, "views.jitter_p": 0.0, "views.grey_p": 0.0,
                "model.encoder": "resnet18", "model.decoder": "resnet18", "model.width": 0.25, "model.maxpool": True, "model.latent_dim": 64,
-               "train.max_epochs": 30, "train.batch_size": 64, "train.lr": 1e-3, "train.warmup_epochs": 5, "train.knn_every_n_epochs": 5}}
+               "train.max_epochs": 45, "train.batch_size": 64, "train.lr": 1e-3, "train.warmup_epochs": 5, "train.knn_every_n_epochs": 5}}
 
 def preset(name: str, **changes) -> Config:
     "The settings of a preset, with `changes` such as `train__lr=1e-3` (two underscores for the dot). Raises `InputError` if there is none of that name."
