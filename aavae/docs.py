@@ -251,7 +251,7 @@ def _settings(title):
     return dict(project=title, html_title=title, extensions=['myst_nb', 'aavae.docs'], html_theme='furo',
                 html_math_renderer='mathml', html_static_path=['_static'], html_css_files=['aavae.css'],
                 html_copy_source=False, html_show_sphinx=False, html_show_copyright=False,
-                nb_execution_mode='off', nb_ipywidgets_js={}, nb_merge_streams=True,
+                nb_execution_mode='off', nb_render_markdown_format='myst', nb_ipywidgets_js={}, nb_merge_streams=True,
                 nb_code_prompt_show='Source', nb_code_prompt_hide='Source', myst_heading_anchors=4,
                 myst_enable_extensions=['amsmath', 'colon_fence', 'dollarmath', 'html_image'],
                 suppress_warnings=['myst.header', 'mystnb.unknown_mime_type'])
