@@ -21,10 +21,10 @@ from shutil import rmtree
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .data import ImageData, InputError, Split, load_data, permutation, progress
-from .encoder import embed, knn_scores
+from .encoder import ImageEncoder, embed, knn_scores
 from .model import AAVAE, build_model, lr_factor
 from .run import (FORMAT, AtomicCheckpointIO, Config, Run, atomic, device_name, load_checkpoint, make_config, save_encoder)
 
@@ -137,23 +137,16 @@ class OnlineKNN(L.Callback):
         self.total, self.metrics, self.bf16, self.last, self.classes = total, metrics, bf16, None, len(data.classes)
         if self.every:
             self.bank = train.take(permutation(0, 0, len(train))[:10_000].to(train.labels.device))
-            self.val = data.split("val")
+            self.val, self.stats = data.split("val"), (data.mean, data.std)
 
     def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
         step = trainer.global_step
         if not self.every or (step % self.every and step != self.total): return
-        train, val = (embed(_EncoderOnly(model), s, bf16=self.bf16) for s in (self.bank, self.val))
+        encoder = ImageEncoder(model.encoder, *self.stats).to(model.device)
+        train, val = (embed(encoder, s, bf16=self.bf16) for s in (self.bank, self.val))
         predicted = knn_scores(train, self.bank.labels, val, self.classes)[0].argmax(1)
         self.last = (predicted.cpu() == self.val.labels).float().mean().item()
         self.metrics.add(step, knn_top1=self.last)
-
-class _EncoderOnly(nn.Module):
-    "8-bit images to h, by the encoder that is being trained."
-    def __init__(self, model: AAVAE):
-        super().__init__()
-        self.normalize, self.encoder = model.normalize, model.encoder
-
-    def forward(self, x: Tensor) -> Tensor: return self.encoder(self.normalize(x).contiguous(memory_format=torch.channels_last))
 
 # %% ../nbs/07_train.ipynb #c437d448
 class Interrupted(Exception):
