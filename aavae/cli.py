@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'field_help', 'new_parser', 'parse', 'base_config', 'add_preset', 'read_config', 'cmd_pretrain',
-           'cmd_evaluate', 'cmd_data', 'describe_data', 'cmd_results', 'cmd_report', 'cmd_demo', 'cmd_bench', 'usage',
+           'cmd_evaluate', 'cmd_data', 'cmd_doctor', 'cmd_results', 'cmd_report', 'cmd_demo', 'cmd_bench', 'usage',
            'run_command', 'main']
 
 # %% ../nbs/21_cli.ipynb #439d913d
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .data import DataConfig, ImageData, InputError, load_data, progress
+from .data import DataConfig, InputError
 from .run import SECTIONS, TYPES, Config, Run, atomic, config_parser, make_config, parser_error, read_records, read_yaml, unknown_field
 from .train import PRESETS, Diverged, Interrupted, preset, pretrain
 
@@ -114,29 +114,24 @@ def cmd_evaluate(argv: list[str]):
     options = {p: getattr(args, p) for p in inspect.signature(function).parameters if p not in ("run", "data")}
     print(format_table(results_table(evaluate(run, task, data, **options))))
 
-# %% ../nbs/21_cli.ipynb #a6e3f2b6
+# %% ../nbs/21_cli.ipynb #5fe0659b
 def cmd_data(argv: list[str]):
-    "Resolves a data set, reads every file, and shows its splits."
-    parser = new_parser("data", "Resolve a data set, read every file, show the splits.")
+    "Checks a data set: reads every file, shows splits, balance, duplicates and the time of an epoch."
+    from aavae.doctor import check_data
+    parser = new_parser("data", "Check the images that these settings would train on: every file is read.")
     add_preset(parser)
     config_parser(parser, Config() if "--help" in argv or "-h" in argv else base_config(argv))
-    data = load_data(read_config(parse(parser, argv), parser).data)
-    print(describe_data(data))
+    config = read_config(parse(parser, argv), parser)
+    report, unreadable = check_data(config)
+    print(report)
+    for line in unreadable: print("unreadable:", line)
+    if unreadable and config.data.on_error == "raise": raise InputError(f"{len(unreadable)} files cannot be read, they are listed above; remove them or use --data.on_error skip")
 
-def describe_data(data: ImageData) -> str:
-    "A text table of the splits; every file is decoded on the way. Raises `InputError` at one that cannot be."
-    from aavae.evaluate import format_table
-    rows = []
-    for name in data.splits:
-        split = data.split(name)
-        if split.images is None:
-            for i in progress(range(len(split)), f"reading {data.name}/{name}"): split.images_at(torch.tensor([i]))
-        counts = split.labels.bincount(minlength=len(data.classes)) if split.labelled else None
-        rows.append({"split": name, "images": f"{len(split):,}", "size": f"{data.image_size}x{data.image_size}", "classes": str(len(data.classes)) if split.labelled else "no labels",
-                     "per class": "" if counts is None else f"{counts.min()} to {counts.max()}", "held": "in memory" if split.images is not None else "on disk"})
-    lines = [f"{data.label}; evaluations report the {data.eval_split} split", "", format_table(rows), "",
-             "mean " + ", ".join(f"{v:.4f}" for v in data.mean) + "; std " + ", ".join(f"{v:.4f}" for v in data.std)]
-    return "\n".join(lines + [f"left out: {s}" for s in data.skipped])
+def cmd_doctor(argv: list[str]):
+    "Describes this machine, for oneself and for bug reports."
+    from aavae.doctor import doctor
+    parse(new_parser("doctor", "Describe this machine: versions, devices, threads, memory, disk, data sets found, and what is amiss."), argv)
+    print(doctor())
 
 # %% ../nbs/21_cli.ipynb #1460b0b6
 def cmd_results(argv: list[str]):
@@ -206,6 +201,8 @@ def run_command(argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     "The command `aavae`; returns its exit code."
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")     # file names that are no text
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
     def fail(code: int, text: str) -> int:
@@ -220,4 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:                          # the reader of our output, head say, has had enough
         sys.stderr.close()
         return 0
+    except OSError as e: return fail(2, f"error: {e.filename or 'a file'} cannot be used ({e.strerror or e}); check the path, its permissions and the free space")
     except (MemoryError, torch.OutOfMemoryError): return fail(1, "error: out of memory; use a smaller --train.batch_size")
+    except RuntimeError as e:
+        if "not enough memory" not in str(e): raise                                          # of PyTorch's allocator on the CPU
+        return fail(1, "error: out of memory; use a smaller --train.batch_size")

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'LABELS', 'CIFAR10_STATS', 'InputError', 'progress', 'random_bits', 'uniform', 'normal', 'permutation',
-           'DataConfig', 'Split', 'decode', 'ImageData', 'held_out', 'load_data']
+           'DataConfig', 'Split', 'open_image', 'to_rgb', 'unreadable', 'decode', 'ImageData', 'held_out', 'walk',
+           'list_images', 'load_data']
 
-# %% ../nbs/00_data.ipynb #2dc902a1
+# %% ../nbs/00_data.ipynb #68e4113c
 import hashlib
+import os
+import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -82,6 +85,7 @@ class DataConfig:
         if self.image_size is not None and (self.image_size < 8 or self.image_size % 8):
             low = max(8, self.image_size // 8 * 8)
             raise InputError(f"data.image_size {self.image_size} is not a multiple of 8; use {low} or {low + 8}")
+        if self.root is not None and not self.root.isprintable(): raise InputError(f"data.root {self.root!r} has characters that are no text; rename the folder")
         for name in ("val_size", "workers"):
             if (getattr(self, name) or 0) < 0: raise InputError(f"data.{name} {getattr(self, name)} is negative; use 0 or more")
 
@@ -118,12 +122,33 @@ class Split:
 # %% ../nbs/00_data.ipynb #7f0516bf
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
+def open_image(path: str | Path) -> Image.Image:
+    "The image in a regular file, not decoded yet; a pipe, for which one would wait, raises `OSError`."
+    if not stat.S_ISREG(os.stat(path).st_mode): raise OSError("it is no regular file")
+    return Image.open(path)
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    "An opened image in 8-bit RGB, upright, on white where it is transparent. Raises `ValueError` at 32-bit pixels."
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):          # 16 bits
+        image = ImageOps.exif_transpose(image)
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"): raise ValueError("it has 32-bit pixels, use 8 or 16 bits")
+    image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data: return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+
+def unreadable(e: Exception) -> str:
+    "Why an image cannot be read, in a few words."
+    if isinstance(e, UnidentifiedImageError): return "its content is of no known format"
+    return getattr(e, "strerror", None) or str(e).rstrip(".") or type(e).__name__
+
+# %% ../nbs/00_data.ipynb #09f10063
 def decode(path: str | Path, image_size: int) -> Tensor:
     "The image in a file as 8-bit RGB `(3, s, s)`. Raises `InputError` if it is unreadable or smaller than `image_size`."
     try:
-        with Image.open(path) as image: image = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as e:
-        raise InputError(f"{path} is not a readable image ({type(e).__name__}); remove it or use --data.on_error skip") from e
+        with open_image(path) as image: image = to_rgb(image)
+    except MemoryError: raise
+    except Exception as e: raise InputError(f"{path} is not a readable image ({unreadable(e)}); remove it or use --data.on_error skip") from e
     side = min(image.size)
     if side < image_size:
         raise InputError(f"{path} is {image.width}x{image.height}, smaller than data.image_size {image_size}; "
@@ -142,6 +167,7 @@ class ImageData:
         self.name, self.classes, self.image_size = name, classes, image_size
         self.label = LABELS.get(name, name)
         self.skipped: list[str] = []                 # files left out by on_error="skip", with the reason
+        self.notes: list[str] = []                   # what else was noticed about the files
         self._make, self._made, self._stats, self._fingerprint = splits, {}, (mean, std), None
 
     @property
@@ -180,7 +206,7 @@ class ImageData:
         train = self.split("train")
         h = hashlib.sha256(train.labels.numpy().tobytes())
         if train.images is not None: h.update(train.images.cpu().contiguous().numpy())
-        for p in train.paths if train.images is None else []: h.update(f"{p.name}:{p.stat().st_size};".encode())
+        for p in train.paths if train.images is None else []: h.update(f"{p.name}:{p.stat().st_size if p.exists() else None};".encode(errors="surrogateescape"))
         self._fingerprint = h.hexdigest()
         return self._fingerprint
 
@@ -222,8 +248,7 @@ def _cifar10(config: DataConfig) -> ImageData:
     def read(train):
         try: raw = CIFAR10(config.root or "data", train=train, download=config.download)
         except (RuntimeError, OSError) as e:
-            raise InputError(f"CIFAR-10 is not in {config.root or 'data'!r} ({str(e).splitlines()[0]}); "
-                             "set --data.root to its folder, or --data.download true") from e
+            raise InputError(f"CIFAR-10 is not in {config.root or 'data'}, or its files are damaged; set --data.root to its folder, or --data.download true") from e
         x = torch.from_numpy(raw.data).permute(0, 3, 1, 2)
         if size != x.shape[-1]:
             x = F.interpolate(x.float(), size=(size, size), mode="bilinear", antialias=True).round().to(torch.uint8)
@@ -233,9 +258,21 @@ def _cifar10(config: DataConfig) -> ImageData:
     splits = _split_tensor(x, y, config.val_size) | {"test": lambda: Split(*reversed(read(train=False)))}
     return ImageData("cifar10", classes, splits, size, *CIFAR10_STATS)
 
-# %% ../nbs/00_data.ipynb #a49568bb
-def _list_images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+# %% ../nbs/00_data.ipynb #7767a732
+def walk(folder: str | Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    "All files below a folder but hidden ones. Links to folders are followed, except in a circle. Raises `InputError` at a folder that cannot be read."
+    real = os.path.realpath(folder)
+    if real in above: return
+    try: entries = sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError as e: raise InputError(f"{folder} cannot be read ({e.strerror}); change its permissions or take it away") from e
+    for entry in entries:
+        if entry.name.startswith("."): continue
+        if os.path.isdir(entry.path): yield from walk(entry.path, above | {real})
+        else: yield Path(entry.path)
+
+def list_images(folder: Path) -> list[Path]:
+    "The files below `folder` that are images by their suffix."
+    return sorted(p for p in walk(folder) if p.suffix.lower() in SUFFIXES)
 
 def _labels(paths: list[Path], folder: Path, classes: list[str]) -> Tensor:
     if not classes: return torch.full((len(paths),), -1)
@@ -245,6 +282,14 @@ def _labels(paths: list[Path], folder: Path, classes: list[str]) -> Tensor:
         raise InputError(f"{folder} has {unknown[0]!r}, which is no class folder of train; rename or remove it")
     return torch.tensor([number[n] for n in names])
 
+def _classes(paths: list[Path], train: Path) -> tuple[list[str], list[str]]:
+    "The class folders of `train` that hold images, if all images lie in one; and what is odd about them."
+    loose = [p for p in paths if p.parent == train]
+    if loose: return [], [f"{len(loose)} of {len(paths)} images of {train} are in no class folder, so the images have no labels"] if len(loose) < len(paths) else []
+    classes = sorted({p.relative_to(train).parts[0] for p in paths})
+    empty = sorted(p.name for p in train.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in classes)
+    return classes, [f"{train} has class folders without images: {', '.join(empty)}"] if empty else []
+
 # %% ../nbs/00_data.ipynb #0788415a
 def _folder(config: DataConfig) -> ImageData:
     if config.root is None: raise InputError("data.name folder needs a folder of images; set --data.root DIR")
@@ -252,11 +297,10 @@ def _folder(config: DataConfig) -> ImageData:
     if not root.is_dir(): raise InputError(f"{root} is not a folder; set --data.root to one that holds train/")
     if not (root / "train").is_dir():
         raise InputError(f"{root} has no train/ folder; put the training images into {root / 'train'}")
-    paths = {s: _list_images(root / s) for s in ("train", "val", "test") if (root / s).is_dir()}
+    paths = {s: list_images(root / s) for s in ("train", "val", "test") if (root / s).is_dir()}
     for s, p in paths.items():
         if not p: raise InputError(f"{root / s} holds no images; put images there or remove the folder")
-    in_class_folders = all(len(p.relative_to(root / "train").parts) > 1 for p in paths["train"])
-    classes = sorted({p.relative_to(root / "train").parts[0] for p in paths["train"]}) if in_class_folders else []
+    classes, notes = _classes(paths["train"], root / "train")
     labels = {s: _labels(p, root / s, classes) for s, p in paths.items()}
     if "val" not in paths:
         train, val = held_out(len(paths["train"]), config.val_size)
@@ -266,19 +310,20 @@ def _folder(config: DataConfig) -> ImageData:
     known = root.resolve().name
     stats = CIFAR10_STATS if known == "cifar10-jpeg" else (None, None)
     data = ImageData(known, classes, {}, config.image_size or _common_size(paths["train"]), *stats)
+    data.notes += notes
     for s in paths: data._make[s] = lambda s=s: _read_files(paths[s], labels[s], data, config, s)
     return data
 
-# %% ../nbs/00_data.ipynb #79ba2fcc
+# %% ../nbs/00_data.ipynb #a7380b9e
 def _common_size(paths: list[Path]) -> int:
-    "The side that the first images share."
-    sizes = set()
+    "The shorter side that the first images share."
+    sides = set()
     for p in paths[:50]:
         try:
-            with Image.open(p) as image: sizes.add(image.size)
+            with open_image(p) as image: sides.add(min(image.size))
         except Exception: continue                   # named when it is decoded
-    if len(sizes) == 1 and (side := min(next(iter(sizes)))) % 8 == 0: return side
-    raise InputError(f"the images of {paths[0].parent} differ in size or are no multiple of 8; set --data.image_size, 32 or 96 say")
+    if len(sides) == 1 and (side := sides.pop()) >= 8 and side % 8 == 0: return side
+    raise InputError(f"the shorter sides of the images of {paths[0].parent} differ or are no multiple of 8; set --data.image_size, 32 or 96 say")
 
 def _read_files(paths: list[Path], labels: Tensor, data: ImageData, config: DataConfig, split: str) -> Split:
     "Decodes all files of a split if they are to be resident (or must be checked), else leaves them on disk."

@@ -26,7 +26,7 @@ from torch import Tensor
 from .data import ImageData, InputError, Split, load_data, permutation, progress
 from .encoder import ImageEncoder, embed, knn_scores
 from .model import AAVAE, build_model, lr_factor
-from .run import (FORMAT, AtomicCheckpointIO, Config, Run, atomic, device_name, load_checkpoint, make_config, save_encoder)
+from .run import (FORMAT, AtomicCheckpointIO, Config, Run, atomic, device_name, load_checkpoint, make_config, save_encoder, writer, writing)
 
 # %% ../nbs/07_train.ipynb #8f65324b
 PRESETS = {
@@ -92,7 +92,7 @@ class Metrics(L.Callback):
     def on_train_start(self, trainer, model):
         "Cuts the file back to the step that training goes on from."
         kept = []
-        if self.path.exists(): kept = [r for r in csv.DictReader(self.path.read_text().splitlines()) if None not in r.values() and int(r["step"]) <= trainer.global_step]
+        if self.path.exists(): kept = [r for r in csv.DictReader(self.path.read_text("utf-8", "replace").splitlines()) if set(r) == set(COLUMNS) and None not in r.values() and r["step"].isdigit() and int(r["step"]) <= trainer.global_step]
         with atomic(self.path) as f: f.write("".join(",".join(r) + "\n" for r in [COLUMNS, *[[r[c] for c in COLUMNS] for r in kept]]).encode())
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
@@ -177,9 +177,10 @@ class Keeper(L.Callback):
     def __init__(self, run: Run, data: ImageData, total: int, metrics: Metrics, stop: list):
         self.run, self.data, self.total, self.metrics, self.stop = run, data, total, metrics, stop
         self.before, self.start = 0.0, time.time()               # seconds of earlier sessions; the start of this one
+        self.began = False                                       # whether all is restored and training
         self.milestones = {e * metrics.batches.steps_per_epoch: e for e in run.config.train.keep_at_epochs}
 
-    def on_train_start(self, trainer, model): self.start = self.saved = time.time()
+    def on_train_start(self, trainer, model): self.start, self.saved, self.began = time.time(), time.time(), True
     @property
     def seconds(self) -> float: return self.before + time.time() - self.start
 
@@ -249,7 +250,7 @@ def _existing(config: Config, out: Path, resume: bool, overwrite: bool) -> bool:
     "Whether `out` holds a run to go on with. Raises `InputError` where the folder and the wish do not fit."
     exists = (out / "config.yaml").is_file()
     if resume and overwrite: raise InputError("--resume and --overwrite exclude each other; choose one")
-    if out.is_file() or (out.is_dir() and not exists and any(out.iterdir())): raise InputError(f"{out} is there and is no run; choose another --out")
+    if out.is_file() or (out.is_dir() and not exists and any(p.name[0] != "." for p in out.iterdir())): raise InputError(f"{out} is there and is no run; choose another --out")
     if resume and not exists: raise InputError(f"there is no run in {out} to resume; leave out --resume true to start one")
     if exists and not resume and not overwrite: raise InputError(f"{out} holds a run already; continue it with --resume true, replace it with --overwrite true, or choose another --out")
     if not resume: return False
@@ -262,7 +263,7 @@ def _existing(config: Config, out: Path, resume: bool, overwrite: bool) -> bool:
 
 def _clear(out: Path):
     "Removes what a run consists of, and nothing else."
-    for name in ("config.yaml", "metrics.csv", "encoder.safetensors", "results.json", "report.html"): (out / name).unlink(missing_ok=True)
+    for name in ("config.yaml", "metrics.csv", "encoder.safetensors", "results.json", "report.html", "skipped.txt"): (out / name).unlink(missing_ok=True)
     for name in ("checkpoints", "features", "tensorboard"): rmtree(out / name, ignore_errors=True)
 
 # %% ../nbs/07_train.ipynb #fe06b7f1
@@ -271,6 +272,7 @@ def pretrain(config: Config, out: str | Path, resume: bool = False, overwrite: b
 
     Raises `InputError` for what the user can mend, `Diverged` if the loss is no longer finite, `Interrupted` after a signal, when all is saved."""
     out = Path(out)
+    if other := writer(out): raise InputError(f"{out} is being written by {other}; wait until it ends, or stop it")
     resume = _existing(config, out, resume, overwrite)
     data, device = load_data(config.data), config.train.device
     train = data.split("train").to(device)
@@ -281,33 +283,52 @@ def pretrain(config: Config, out: str | Path, resume: bool = False, overwrite: b
     model.optim = dict(lr=config.train.lr, warmup_steps=config.train.warmup_epochs * n, total_steps=total, schedule=config.train.schedule, weight_decay=config.train.weight_decay)
     run = Run(out, config)
     checkpoint = run.checkpoint if resume and run.checkpoint.exists() else None
-    if checkpoint and _is_done(checkpoint, data, total): return run
-    if overwrite: _clear(out)
-    with atomic(out / "config.yaml") as f: f.write(config.to_yaml().encode())
-    with stop_signals() as stop, _quiet():
+    if checkpoint and _is_done(checkpoint, model, data, total): return run
+    with writing(out), stop_signals() as stop, _quiet():
+        if overwrite: _clear(out)
+        with atomic(out / "config.yaml") as f: f.write(config.to_yaml().encode())
+        if data.skipped:
+            with atomic(out / "skipped.txt") as f: f.write("".join(f"{s}\n" for s in data.skipped).encode(errors="backslashreplace"))
         metrics = Metrics(out / "metrics.csv", batches)
         knn = OnlineKNN(data, train, config.train.knn_every_n_epochs, total, metrics, config.train.bf16)
         bar = Progress(batches, total, knn)
-        callbacks = [metrics, knn, *([bar] if show_progress else []), Keeper(run, data, total, metrics, stop)]
+        keeper = Keeper(run, data, total, metrics, stop)
+        callbacks = [metrics, knn, *([bar] if show_progress else []), keeper]
         trainer = L.Trainer(max_steps=total, max_epochs=-1, accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, precision="bf16-mixed" if config.train.bf16 else "32-true",
                             callbacks=callbacks, plugins=[AtomicCheckpointIO()], logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         try: trainer.fit(model, StepLoader(batches, total, config.data.workers), ckpt_path=checkpoint, weights_only=True)
         except _Pause as e: print(e, file=sys.stderr)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+            if isinstance(e, InputError) or checkpoint is None or keeper.began: raise
+            raise InputError(f"{checkpoint} is damaged or was changed; put the right file back, or start anew with --overwrite true") from e
         except Diverged as e: raise Diverged(f"{e}; lower --train.lr or use --train.precision 32. What was saved before is kept in {out}") from None
         finally:
             metrics.close()
             bar.close()
     return run
 
-# %% ../nbs/07_train.ipynb #81af43df
-def _is_done(path: Path, data: ImageData, total: int) -> bool:
-    "Whether the checkpoint is that of the last step. Raises `InputError` if it was made on other images."
+# %% ../nbs/07_train.ipynb #9ff87a85
+def _is_done(path: Path, model: AAVAE, data: ImageData, total: int) -> bool:
+    "Whether the checkpoint is that of the last step. Raises `InputError` if it was made on other images, or is not one of `model`."
     checkpoint = load_checkpoint(path)
-    if checkpoint["aavae"]["fingerprint"] != data.fingerprint():
+    own = checkpoint["aavae"]
+    if own.get("format") != FORMAT: raise InputError(f"{path} has format {own.get('format')}, this version reads {FORMAT}; install the aavae that wrote it, or start anew with --overwrite true")
+    if own.get("fingerprint") != data.fingerprint():
         raise InputError(f"the training images of {data.name} are not those that {path.parent.parent} was trained on; set --data.root to the same ones")
-    if (threads := checkpoint["aavae"]["threads"]) != torch.get_num_threads():
+    if not _fits(checkpoint, model): raise InputError(f"{path} is of another network or optimiser than {path.parent.parent / 'config.yaml'}; put the right file back, or start anew with --overwrite true")
+    if (threads := own.get("threads")) != torch.get_num_threads():
         print(f"note: the run began with {threads} threads and goes on with {torch.get_num_threads()}; sums are rounded differently, so the result is close but not bit-identical", file=sys.stderr)
     return checkpoint["global_step"] >= total
+
+def _fits(checkpoint: dict, model: AAVAE) -> bool:
+    "Whether the weights and the optimiser's state have the names and shapes of `model`, and the rest is there."
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+        adam = model.configure_optimizers()["optimizer"]
+        adam.load_state_dict(checkpoint["optimizer_states"][0])
+        moments = [s[k].shape == p.shape for p, s in adam.state.items() for k in ("exp_avg", "exp_avg_sq")]
+        return all(moments) and isinstance(checkpoint["global_step"], int) and isinstance(checkpoint["aavae"]["seconds"], float) and bool(checkpoint["lr_schedulers"] and checkpoint["loops"])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError): return False
 
 @contextmanager
 def _quiet():
