@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .data import DataConfig, InputError
-from .run import SECTIONS, TYPES, Config, Run, atomic, config_parser, make_config, parser_error, read_records, read_yaml, unknown_field
+from .run import SECTIONS, TYPES, Config, Run, atomic, check_values, config_parser, make_config, parser_error, read_records, read_yaml, unknown
 from .train import PRESETS, Diverged, Interrupted, preset, pretrain
 
 # %% ../nbs/21_cli.ipynb #95c5057f
@@ -46,7 +46,7 @@ def parse(parser, argv: list[str]):
         message = str(e)
         if message.startswith("unrecognized arguments: --"):
             known = {o[2:] for a in parser._actions for o in a.option_strings if o.startswith("--")}
-            raise unknown_field(message.split("--")[1].split()[0].split("=")[0], known, f"a flag of {parser.prog}") from e
+            raise unknown(f"{parser.prog} has no flag", message.split("--")[1].split()[0].split("=")[0], known) from e
         if "required: " in message:
             flags = {a.dest: a.option_strings[0] if a.option_strings else a.dest.upper() for a in parser._actions}
             raise InputError(f"{parser.prog} needs {', '.join(flags.get(n, n) for n in message.split('required: ')[1].split(', '))}; see {parser.prog} --help") from e
@@ -73,6 +73,7 @@ def add_preset(parser):
 
 def read_config(parsed, parser) -> Config:
     "The `Config` in parsed arguments."
+    check_values({f"{section}.{name}": value for section in SECTIONS for name, value in vars(getattr(parsed, section)).items()})
     made = vars(parser.instantiate(parsed))
     return Config(**{section: made[section] for section in SECTIONS})
 
@@ -125,7 +126,7 @@ def cmd_data(argv: list[str]):
     report, unreadable = check_data(config)
     print(report)
     for line in unreadable: print("unreadable:", line)
-    if unreadable and config.data.on_error == "raise": raise InputError(f"{len(unreadable)} files cannot be read, they are listed above; remove them or use --data.on_error skip")
+    if unreadable and config.data.on_error == "raise": raise InputError(f"unreadable files: {len(unreadable)}, listed above; remove them or use --data.on_error skip")
 
 def cmd_doctor(argv: list[str]):
     "Describes this machine, for oneself and for bug reports."
@@ -193,7 +194,7 @@ def run_command(argv: list[str]) -> int:
         from aavae import __version__
         print(__version__)
         return 0
-    if argv[0] not in COMMANDS: raise unknown_field(argv[0], COMMANDS, "a command of aavae")
+    if argv[0] not in COMMANDS: raise unknown("aavae has no command", argv[0], COMMANDS)
     COMMANDS[argv[0]](argv[1:])
     return 0
 

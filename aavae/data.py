@@ -124,7 +124,9 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 
 def open_image(path: str | Path) -> Image.Image:
     "The image in a regular file, not decoded yet; a pipe, for which one would wait, raises `OSError`."
-    if not stat.S_ISREG(os.stat(path).st_mode): raise OSError("it is no regular file")
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode): raise OSError("it is no regular file")
+    if not found.st_size: raise OSError("it is empty")
     return Image.open(path)
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -184,7 +186,8 @@ class ImageData:
         "One split, loaded at the first call. Raises `InputError` if the data set has no such split."
         if name not in self._make:
             raise InputError(f"{self.name} has no {name} split; it has {', '.join(self._make)}")
-        if name not in self._made: self._made[name] = self._make[name]()
+        if name not in self._made:
+            with torch.inference_mode(False): self._made[name] = self._make[name]()      # tensors that training may use too
         return self._made[name]
 
     @property

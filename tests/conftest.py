@@ -1,5 +1,7 @@
 "Fixtures: the command line, the browser, and real images from the folder that AAVAE_TEST_DATA names."
+import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
 
 
-def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="run the slow tests too")
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+    parser.addoption("--write-errors", action="store_true", help="write nbs/errors.ipynb anew from what the command line answers")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -30,6 +34,41 @@ def aavae():
     def run(*args, **options):
         return subprocess.run([sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())", *map(str, args)],
                               capture_output=True, text=True, timeout=600, **options)
+    return run
+
+
+def _child(argv, out, err, memory):
+    "A command line in a process that has imported everything already."
+    for stream, path in ((1, out), (2, err)): os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    if memory: resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    import torch
+    from aavae.cli import main
+    torch.set_num_threads(1)
+    try: code = main(argv)
+    except SystemExit as e: code = e.code if isinstance(e.code, int) else 1
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(code or 0)
+
+
+@pytest.fixture(scope="session")
+def quick_aavae(tmp_path_factory):
+    "Like `aavae`, in a fork of a process that has done the imports: for many short commands. `memory` limits the address space in bytes."
+    context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("out")
+    context.set_forkserver_preload(["aavae.cli", "aavae.train", "aavae.evaluate", "aavae.doctor", "aavae.report", "jsonargparse", "torchvision.datasets"])
+    def run(*args, timeout=120, memory=None):
+        out, err = folder / "out", folder / "err"
+        process = context.Process(target=_child, args=(list(map(str, args)), str(out), str(err), memory))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{timeout} s were not enough for {args}; its last words: {err.read_text(errors='replace')[-500:]}")
+        return subprocess.CompletedProcess(args, process.exitcode, out.read_text(errors="replace"), err.read_text(errors="replace"))
     return run
 
 
