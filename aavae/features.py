@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .data import ImageData, InputError
 from .encoder import embed
-from .run import Run, atomic
+from .run import Run, atomic, tensors_hash
 
 # %% ../nbs/08_features.ipynb #71d9ff76
 @dataclass
@@ -33,10 +33,7 @@ class Features:
 # %% ../nbs/08_features.ipynb #dfa8e040
 def weights_hash(module: nn.Module) -> str:
     "SHA-256 of all parameters and buffers with their names."
-    h = hashlib.sha256()
-    for name, t in sorted(module.state_dict().items()):
-        h.update(name.encode()); h.update(t.detach().cpu().flatten().contiguous().numpy())
-    return h.hexdigest()
+    return tensors_hash(module.state_dict())
 
 @contextmanager
 def frozen(encoder: nn.Module):
@@ -60,10 +57,12 @@ def run_features(run: Run, split: str = "test", data: ImageData | None = None, u
     part = data.split(split)
     with frozen(encoder.to(train.device)): x = embed(encoder, part, bf16=train.bf16, desc=f"features of {data.name}/{split}")
     features = Features(x.cpu(), part.labels)
-    with atomic(path) as f: f.write(save({"x": features.x, "y": features.y}))
+    with atomic(path) as f: f.write(save(vars(features), {"sha256": tensors_hash(vars(features))}))
     return features
 
 def _read(path: Path) -> Features | None:
     "The features in a file; none if there is no such file or it is damaged, in which case they are computed again."
-    try: return Features(**load_file(path))
+    try:
+        with safe_open(path, "pt") as f: tensors, written = {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get("sha256")
+        return Features(**tensors) if tensors_hash(tensors) == written else None
     except (OSError, SafetensorError, TypeError): return None

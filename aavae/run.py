@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'ALSO_CALLED', 'NAMES', 'TYPES', 'FORMAT', 'FACTS', 'RECORD', 'TrainConfig', 'Config', 'config_parser',
            'unknown', 'parser_error', 'read_yaml', 'check_values', 'make_config', 'atomic', 'AtomicCheckpointIO',
-           'load_checkpoint', 'save_encoder', 'encoder_facts', 'load_encoder', 'git_state', 'versions', 'provenance',
-           'device_name', 'Run', 'locked', 'writer', 'writing', 'read_records', 'make_record']
+           'load_checkpoint', 'tensors_hash', 'save_encoder', 'encoder_facts', 'load_encoder', 'git_state', 'versions',
+           'provenance', 'device_name', 'Run', 'locked', 'writer', 'writing', 'read_records', 'make_record']
 
 # %% ../nbs/06_run.ipynb #804215fb
 import csv
@@ -33,6 +33,7 @@ import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from .augment import ViewsConfig
 from .data import DataConfig, ImageData, InputError, load_data
@@ -232,10 +233,17 @@ def load_checkpoint(path: str | Path, map_location=None) -> dict:
 # %% ../nbs/06_run.ipynb #d7c4b619
 FORMAT = 1
 
+def tensors_hash(tensors: dict[str, Tensor]) -> str:
+    "SHA-256 of all tensors with their names."
+    h = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        h.update(name.encode()); h.update(t.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return h.hexdigest()
+
 def save_encoder(path: str | Path, model: AAVAE, facts: dict[str, Any]):
-    "Writes the encoder's weights with `facts` about them."
+    "Writes the encoder's weights with `facts` about them and their hash."
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.encoder.state_dict().items()}
-    with atomic(path) as f: f.write(save(tensors, {"aavae": json.dumps({"format": FORMAT} | facts)}))
+    with atomic(path) as f: f.write(save(tensors, {"aavae": json.dumps({"format": FORMAT} | facts | {"sha256": tensors_hash(tensors)})}))
 
 FACTS = {"model": dict, "image_size": int, "mean": list, "std": list, "dataset": str, "label": str, "step": int, "epochs": (int, float), "views_seen": int, "minutes": (int, float), "finished": bool}
 
@@ -259,7 +267,10 @@ def load_encoder(path: str | Path) -> ImageEncoder:
     "The encoder in a file, frozen in eval mode, on the CPU."
     facts = encoder_facts(path)
     with torch.device("meta"): encoder = facts["model"].build_encoder()          # shapes alone; the weights come from the file
-    try: encoder.load_state_dict(load_file(path), assign=True)
+    try:
+        tensors = load_file(path)
+        if facts.get("sha256") not in (None, tensors_hash(tensors)): raise InputError(f"{path} is damaged: its weights are not those that were written; resume or repeat the run")
+        encoder.load_state_dict(tensors, assign=True)
     except (RuntimeError, SafetensorError) as e: raise InputError(f"{path} does not hold the {facts['model'].encoder} that its metadata names; resume or repeat the run") from e
     return ImageEncoder(encoder, facts["mean"], facts["std"]).eval().requires_grad_(False)
 
