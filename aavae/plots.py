@@ -183,6 +183,7 @@ def accuracy_bars(rows: dict[str, dict[str, float]]) -> go.Figure:
                         marker=dict(size=11, color=COLOURS[k % len(COLOURS)], symbol=k % 6), text=[f"{v:.1f}" for v in shown.values()],
                         textposition="middle right", cliponaxis=False, hovertemplate="%{y}: %{x:.2f}%")
     style(fig, 110 + len(rows) * (14 + 22 * len(metrics))).update_layout(scattermode="group", scattergap=0.25, showlegend=True, margin_r=48)
-    limits = _range([100 * np.array(list(v.values())) for v in rows.values()])
-    fig.update_xaxes(title_text="top-1 accuracy (%)", range=limits and [max(0, limits[0]), min(100.5, limits[1])])
+    values = [100 * v for accuracies in rows.values() for v in accuracies.values()]
+    margin = values and 0.06 * (max(values) - min(values)) or 1.0
+    fig.update_xaxes(title_text="top-1 accuracy (%)", range=[max(-0.5, min(values) - margin), min(100.5, max(values) + margin)] if values else None)
     return fig.update_yaxes(type="category", categoryorder="array", categoryarray=[escape(n, quote=False) for n in rows], autorange="reversed")

@@ -174,7 +174,7 @@ COLUMNS = {"within": "within", "between": "between", "retrieval": "sibling neare
 def similarity_row(numbers: dict[str, float]) -> list[str]:
     "The numbers of `view_similarity` as the page shows them, in the order of `COLUMNS`."
     show = {"retrieval": lambda v: f"{100 * v:.1f}", "effective_rank": lambda v: f"{v:.1f} of {numbers['dim']:.0f}"}
-    return [show.get(k, lambda v: f"{v + 0:.3f}")(numbers[k]).replace("-", "−") for k in COLUMNS]
+    return [show.get(k, lambda v: f"{round(v, 3) + 0.0:.3f}")(numbers[k]).replace("-", "−") for k in COLUMNS]
 
 def _similarities(runs: dict[str, Run]) -> tuple[dict[str, Similarity], str]:
     "The cosines by run, and of the networks before training, once for each; with a line about each run that has none."
@@ -193,11 +193,11 @@ def _views(runs: dict[str, Run]) -> str:
     first, compact = next(iter(found.values())), len(found) > 2
     n, v = first.views.shape[:2]
     text = (f"Cosines between {v} random views each of {n} images of the {first.split} split; the views of an image form a block. The mean of all features has been subtracted first: "
-            "they follow a ReLU, so the raw cosines of any two images are high and look like a collapse that is none.")
+            "they follow a ReLU and so share a sign, which makes raw cosines high between any two images, and every network look collapsed.")
     figures = []
     for i, (name, s) in enumerate(found.items()):
         within, between, _, rank, *_ = similarity_row(s.numbers)
-        fig = cosine_matrices({name: s}, titles=False, height=176 if compact else 330).update_layout(coloraxis_showscale=False, margin=dict(l=4, r=4, t=4, b=4))
+        fig = cosine_matrices({name: s}, titles=False, height=176 if compact else 300).update_layout(coloraxis_showscale=False, margin=dict(l=4, r=4, t=4, b=4))
         if compact: fig.update_xaxes(showticklabels=False).update_yaxes(showticklabels=False)
         figures.append(f"<div><h3>{escape(name)}</h3>{_plot(fig, f'views{i}', f'within {within}, between {between}, effective rank {rank}')}</div>")
     scale = f'<p class="scale"><span>−1</span><span style="background: linear-gradient(90deg, {", ".join(c for _, c in COSINE)})"></span><span>1</span> cosine</p>'
@@ -206,9 +206,10 @@ def _views(runs: dict[str, Run]) -> str:
     key = ("Within and between are centred cosines, raw ones are not. Sibling nearest: how often a view's nearest other view is of the same image. The effective rank counts the directions that the "
            "features use (Roy and Vetterli, 2007). Alignment (less is better) and uniformity (less is more spread out) are those of Wang and Isola (2020), of raw features.")
     rows = {"original": first.images / 255} | {f"view {k + 1}": first.views[:, k] for k in range(v)}
-    shown = f'<img src="{_png(image_grid(rows, 32), 400_000)}" alt="{n} images in columns, and {v} views of each below it">'
-    return _section("Views of one image", f"<p>{escape(text)}</p>", scale, f'<div class="matrices{" compact" * compact}" data-print="{160 if compact else 300}">' + "\n".join(figures) + "</div>",
-                    table, f'<p class="note">{escape(key)}</p>', _details("The images, and below them the views that were compared", f"<figure>{shown}</figure>"), lines)
+    shown = f'<figure><img src="{_png(image_grid(rows, 40), 400_000)}" alt="{n} images in columns, and {v} views of each below it"><figcaption>{n} images, and {v} views of each below it</figcaption></figure>'
+    if not compact: figures.append(f"<div><h3>images, views</h3>{shown}</div>")
+    return _section("Views of one image", f"<p>{escape(text)}</p>", scale, f'<div class="matrices{" compact" * compact}" data-print="{125 if compact else 205}">' + "\n".join(figures) + "</div>",
+                    table, f'<p class="note">{escape(key)}</p>', _details("The images and views", shown) if compact else "", lines)
 
 # %% ../nbs/18_report.ipynb #9ceba36c
 def _flat(tree: dict, prefix: str = "") -> list[list[str]]:
@@ -246,7 +247,7 @@ p { max-width: 46rem; overflow-wrap: anywhere; }
 .lead { font-size: 1.15rem; }
 figure { margin: 1rem 0; break-inside: avoid; }
 figcaption, caption, footer { color: var(--quiet); font-size: 0.9rem; text-align: left; }
-caption { padding-bottom: 0.4rem; }
+caption { padding-bottom: 0.4rem; max-width: calc(100vw - 2rem); }
 img { max-width: 100%; height: auto; image-rendering: pixelated; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
@@ -259,7 +260,7 @@ td:not(.number) { min-width: 8rem; }
 @media (max-width: 40rem) { table { font-size: 0.9rem; } thead th, thead .number { white-space: normal; vertical-align: bottom; } th, td { padding-right: 0.7rem; } }
 .missing { border-left: 3px solid var(--accent); padding-left: 0.75rem; }
 .note { color: var(--quiet); font-size: 0.9rem; }
-.matrices { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 22rem)); gap: 1rem 2rem; }
+.matrices { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 20rem)); gap: 1rem 2rem; }
 .matrices.compact { grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.75rem 1rem; }
 .matrices > div { min-width: 0; }
 .matrices figure { margin: 0; }
@@ -273,7 +274,10 @@ details tbody th:first-child { min-width: 9rem; font-weight: 400; color: var(--q
 details tbody th, details td:not(.number) { white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }
 pre { overflow-x: auto; font: 0.9rem/1.45 ui-monospace, monospace; }
 footer { margin-top: 3rem; }
-@media print { main { max-width: none; padding: 0; } td:not(.number) { min-width: 0; } .scroll { overflow: visible; } h2 { break-after: avoid; } th, td { font-size: 0.8rem; white-space: normal; } .matrices { grid-template-columns: repeat(auto-fit, 300px); } .matrices.compact { grid-template-columns: repeat(auto-fit, 160px); gap: 0.5rem; } .matrices > div { break-inside: avoid; } }
+@media print { main { max-width: none; padding: 0; } td:not(.number) { min-width: 0; } .scroll { overflow: visible; } h2 { break-after: avoid; } th, td { font-size: 0.8rem; white-space: normal; } .matrices { grid-template-columns: repeat(auto-fit, 205px); gap: 0.5rem; } .matrices.compact { grid-template-columns: repeat(auto-fit, 125px); }
+  thead th, thead .number { white-space: normal; vertical-align: bottom; } th, td { padding-right: 0.6rem; } h2 + p, .scale { break-after: avoid; }
+  p { break-inside: avoid; } .matrices [role=img] > div, .matrices .plotly-graph-div { height: 205px !important; }
+  .matrices.compact [role=img] > div, .matrices.compact .plotly-graph-div { height: 125px !important; } .matrices > div, .grids > div, section > .scroll { break-inside: avoid; } }
 </style>
 <script>$plotly</script>
 </head>
@@ -290,9 +294,14 @@ function paint(size = () => ({})) {
   for (const plot of document.querySelectorAll(".plotly-graph-div")) Plotly.relayout(plot, {"font.color": colour, ...size(plot)});
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => paint());
-addEventListener("beforeprint", () => { root.classList.add("print"); paint(plot => ({width: +(plot.closest("[data-print]")?.dataset.print ?? 660)})); });
-addEventListener("afterprint", () => { root.classList.remove("print"); paint(() => ({width: null, autosize: true})); });
-paint();
+const printed = plot => {
+  const side = +plot.closest("[data-print]")?.dataset.print;
+  plot.dataset.height = plot.layout.height;
+  return side ? {width: side, height: side} : {width: 660};
+};
+addEventListener("beforeprint", () => { root.classList.add("print"); paint(printed); });
+addEventListener("afterprint", () => { root.classList.remove("print"); paint(plot => ({width: null, height: +plot.dataset.height, autosize: true})); });
+paint(() => ({autosize: true}));
 </script>
 </body>
 </html>
