@@ -87,26 +87,83 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
     assert used < 2
 
 
+def visit(page, path, check=lambda width: None) -> str:
+    "Opens a report at three widths, in light and dark, and in print; asserts no error, no request to another host, no overflow. Returns its text."
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(path.parent)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    errors, requests, here = [], [], f"http://127.0.0.1:{server.server_port}"
+    listeners = {"console": lambda m: errors.append(m.text) if m.type == "error" and "favicon" not in (m.location or {}).get("url", "") else None,
+                 "pageerror": lambda e: errors.append(str(e)), "request": lambda r: requests.append(r.url)}
+    for event, listen in listeners.items(): page.on(event, listen)
+    try:
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            for width in (390, 1280, 1920):
+                page.set_viewport_size({"width": width, "height": 900})
+                page.goto(f"{here}/{path.name}", wait_until="load")
+                page.wait_for_selector(".js-plotly-plot .main-svg")
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                outside = page.evaluate("[...document.querySelectorAll('.matrices > div')].filter(d => d.querySelector('.main-svg') && d.querySelector('.main-svg').getBoundingClientRect().width > d.clientWidth + 1).length")
+                assert outside == 0, f"{outside} matrices are wider than their frame at {width} pixels"
+        assert page.pdf().startswith(b"%PDF")
+        text = page.inner_text("body")
+    finally:
+        server.shutdown()
+        page.emulate_media(color_scheme="light")
+        for event, listen in listeners.items(): page.remove_listener(event, listen)
+    assert not errors
+    assert requests and not [u for u in requests if not u.startswith((here, "data:", "blob:"))]
+    return text
+
+
+def cells(page, caption: str) -> dict[str, list[str]]:
+    "The rows of the table whose caption begins so, by their heading."
+    table = page.locator("table").filter(has=page.locator("caption", has_text=caption))
+    assert table.count() == 1
+    return {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in table.locator("tbody tr").all()}
+
+
 def test_demo_page_in_a_browser(page, tmp_path):
     "The demo's page shows its table and figures, asks no other host for anything, and logs no error."
     from aavae.demo import demo
     path = demo(tmp_path / "demo", train__max_epochs=1, train__knn_every_n_epochs=0)
     assert path.stat().st_size < 6e6
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(path.parent)))
-    Thread(target=server.serve_forever, daemon=True).start()
-    errors, requests, here = [], [], f"http://127.0.0.1:{server.server_port}"
-    page.on("console", lambda m: errors.append(m.text) if m.type == "error" and "favicon" not in (m.location or {}).get("url", "") else None)
-    page.on("pageerror", lambda e: errors.append(str(e)))
-    page.on("request", lambda r: requests.append(r.url))
-    try:
-        for width in (390, 1280, 1920):
-            page.set_viewport_size({"width": width, "height": 900})
-            page.goto(f"{here}/report.html", wait_until="load")
-            page.wait_for_selector(".js-plotly-plot .main-svg")
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-    finally: server.shutdown()
-    text = page.inner_text("body")
+    text = visit(page, path)
     for name in ("raw pixels", "untrained", "AE", "AAAE", "VAE", "AAVAE", "10 labels per class"): assert name in text
     assert page.locator("table").count() >= 1 and page.locator("img").count() >= 4
-    assert not errors
-    assert not [u for u in requests if not u.startswith((here, "data:", "blob:"))]
+    assert list(cells(page, "Mean cosines")) == ["AE", "AAAE", "VAE", "AAVAE", "untrained"]
+    assert page.locator(".matrices .js-plotly-plot").count() == 5
+
+
+def test_report_in_a_browser(page, aavae, tmp_path):
+    "`aavae report` of one run: all sections, and the numbers that `view_similarity` computes."
+    from aavae import Run, preset, pretrain
+    from aavae.report import similarity_row
+    from aavae.similarity import view_similarity
+    pretrain(preset("digits", train__max_epochs=2, train__knn_every_n_epochs=1, train__accelerator="cpu"), tmp_path / "run", show_progress=False).evaluate("knn")
+    done = aavae("report", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "run" / "report.html"
+    assert done.stdout.strip() == str(path) and path.stat().st_size < 6e6
+    visit(page, path)
+    assert page.locator("h2").all_inner_texts() == ["Results", "Training", "Reconstructions", "Views of one image", "Records", "Configuration"]
+    assert page.locator(".missing").count() == 0 and page.locator("img").count() == 2
+    run, shown = Run.load(tmp_path / "run"), cells(page, "Mean cosines")
+    assert shown == {name: similarity_row(view_similarity(run, untrained=untrained).numbers) for name, untrained in (("AAVAE", False), ("untrained", True))}
+    drawn = page.evaluate("[...document.querySelectorAll('.matrices .js-plotly-plot')].map(p => p.data[0].z.map(row => [...row]).filter(row => row.some(v => v !== null)).map(row => row.filter(v => v !== null)))")
+    for z, untrained in zip(drawn, (False, True), strict=True): assert np.allclose(z, view_similarity(run, untrained=untrained).matrix, atol=0.0051)
+
+
+def test_report_of_a_bare_encoder(aavae, tmp_path):
+    "A run without checkpoint, metrics and data still gets its page, and one line for each part that it lacks."
+    from aavae import preset, pretrain
+    import re
+    run = pretrain(preset("digits", train__max_steps=2, train__accelerator="cpu"), tmp_path / "run", show_progress=False)
+    run.checkpoint.unlink(); (run.path / "metrics.csv").unlink()
+    config = run.path / "config.yaml"
+    config.write_text(config.read_text().replace("name: digits", "name: folder").replace("root: null", f"root: {tmp_path / 'gone'}"))
+    done = aavae("report", run.path)
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r'class="missing">(.*?)</p>', (run.path / "report.html").read_text())
+    assert [line.split(":")[0] for line in lines] == ["Nothing has been measured yet", "No curves of AAVAE", "No reconstructions", "No cosines of AAVAE"]
+    assert "gone is not a folder" in lines[-1]
