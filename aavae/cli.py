@@ -137,15 +137,18 @@ def cmd_doctor(argv: list[str]):
 # %% ../nbs/21_cli.ipynb #1460b0b6
 def cmd_results(argv: list[str]):
     "Prints all records under a folder."
-    from aavae.evaluate import format_table, results_table
-    parser = new_parser("results", "All records under a folder, as a table.")
+    from aavae.evaluate import FILTERS, format_table, results_table, select
+    parser = new_parser("results", "All records under a folder, as a table, beside the paper's figures where it has them.")
     parser.add_argument("dir", type=str, help="a run, or a folder of runs")
+    for name in FILTERS: parser.add_argument(f"--{name}", type=str, default=None, help=f"only records of this {name}")
     parser.add_argument("--format", type=str, default="text", help="text, csv or md")
     args = parse(parser, argv)
     if args.format not in ("text", "csv", "md"): raise InputError(f"--format {args.format} is unknown; use text, csv or md")
     if not Path(args.dir).is_dir(): raise InputError(f"{args.dir} is not a folder; name a run, or a folder of runs")
     records = [r for p in sorted(Path(args.dir).rglob("results.json")) for r in read_records(p)]
     if not records: raise InputError(f"there are no records under {args.dir}; make some with aavae evaluate")
+    records = select(records, **{name: getattr(args, name) for name in FILTERS})
+    if not records: raise InputError(f"no record under {args.dir} is of that kind; leave out a filter")
     print(format_table(results_table(records), args.format))
 
 def cmd_report(argv: list[str]):

@@ -466,7 +466,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 def make_record(run: Run, data: ImageData, task: str, metric: str, values: list[float], seeds: list[int], split: str, n: int,
-                hyperparameters: dict, started: float, untrained: bool = False, views: bool = False, epoch: int | None = None) -> dict[str, Any]:
+                hyperparameters: dict, started: float, untrained: bool = False, views: bool = False, epoch: int | None = None, fraction: float = 1.0) -> dict[str, Any]:
     "A result record: what was measured, of which run, on which images. `values` has one entry for each of `seeds`."
     c, facts = run.config, run._facts(run.encoder_path(epoch))
     values = torch.tensor(values, dtype=torch.float64)
@@ -476,5 +476,5 @@ def make_record(run: Run, data: ImageData, task: str, metric: str, values: list[
             "n_seeds": len(seeds), "seeds": seeds, "objective": c.objective.name, "beta": c.objective.kl_weight, "target": c.objective.target,
             "encoder": c.model.encoder, "decoder": c.model.decoder, "width": c.model.width, "maxpool": c.model.maxpool, "latent_dim": c.model.latent_dim, "untrained": untrained,
             "pretrain": {"dataset": facts["dataset"], "label": facts["label"], "batch_size": c.train.batch_size, "seed": c.train.seed} | budget,
-            "eval": {"dataset": data.name, "label": data.label, "split": split, "n": n, "views": views, "fraction": 1.0, "hyperparameters": hyperparameters},
+            "eval": {"dataset": data.name, "label": data.label, "split": split, "n": n, "views": views, "fraction": fraction, "hyperparameters": hyperparameters},
             "provenance": provenance(c, data.fingerprint(), c.train.device, started)}
