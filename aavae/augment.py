@@ -187,7 +187,7 @@ def jitter_(x: Tensor, views: Views) -> Tensor:
 @torch.no_grad()
 def apply_views(x: Tensor, views: Views, config: ViewsConfig) -> Tensor:
     "The views of images `x (n, 3, h, w)`, 8-bit or float in [0, 1]: float32 `(n, 3, h, w)` in [0, 1], under autocast too."
-    chunk = len(x) if x.is_cuda else max(1, CHUNK // x[0].numel())
+    chunk = len(x) if x.is_cuda else max(1, CHUNK // x.shape[1:].numel())
     with torch.autocast(x.device.type, enabled=False):
         if len(x) <= chunk: return _apply_views(x, views, config)
         out = torch.empty(x.shape, device=x.device)
