@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'ViewsConfig', 'Views', 'draw_views', 'crop', 'blur', 'grey', 'shift_hue_', 'adjust_', 'jitter_',
-           'apply_views', 'random_views']
+           'apply_views', 'random_views', 'reuse_memory']
 
-# %% ../nbs/01_augment.ipynb #577377c4
+# %% ../nbs/01_augment.ipynb #130ddc6f
+import ctypes
 import math
 from dataclasses import dataclass, fields
 
@@ -209,3 +210,10 @@ def _apply_views(x: Tensor, views: Views, config: ViewsConfig) -> Tensor:
 def random_views(x: Tensor, config: ViewsConfig, seed: int, epoch: int, index: Tensor) -> Tensor:
     "One random view of each image: draws and applies; `x (n, 3, h, w)`, `index (n,)` on the same device."
     return apply_views(x, draw_views(config, seed, epoch, index, x.shape[-2:]), config)
+
+# %% ../nbs/01_augment.ipynb #b2de8d71
+def reuse_memory() -> bool:
+    "Asks glibc to keep freed memory for the next allocation instead of returning it to the system; whether there was a glibc to ask."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return False
+    return bool(mallopt(-1, 2**31 - 1) and (mallopt(-3, 2**30) or mallopt(-3, 2**25)))    # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; old ones allow 32 MB

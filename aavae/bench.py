@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .augment import ViewsConfig, apply_views, blur, crop, draw_views, grey, jitter_, random_views, shift_hue_
+from .augment import ViewsConfig, apply_views, blur, crop, draw_views, grey, jitter_, random_views, reuse_memory, shift_hue_
 from .data import CIFAR10_STATS, Split, normal, progress
 from .decoder import DecoderBlock
 from .encoder import Normalize, knn_scores
@@ -90,6 +90,7 @@ def photo_tiles(n: int, size: int) -> Tensor:
 def our_views() -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
     "A function of 8-bit images `(n, 3, s, s)` and a round to normalised views and targets, by this package."
     normalize, config = Normalize(*CIFAR10_STATS), ViewsConfig()
+    reuse_memory()
     return lambda images, n: (normalize(random_views(images, config, 0, n, torch.arange(len(images)))), normalize(images))
 
 def original_views(size: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
@@ -173,6 +174,7 @@ def paper_model(encoder: str, original: bool = False, image_size: int = 32) -> A
 # %% ../nbs/16_bench.ipynb #6751d58c
 def our_step(encoder: str, batch_size: int, device: torch.device | str = "cpu", image_size: int = 32) -> Callable[[], None]:
     "A function that takes one training step as `pretrain` does, with its views."
+    reuse_memory()
     device, model = torch.device(device), paper_model(encoder, image_size=image_size).to(device)
     images, index, draw = photo_tiles(batch_size, image_size).to(device), torch.arange(batch_size, device=device), itertools.count()
     optimizer, bf16 = model.configure_optimizers()["optimizer"], TrainConfig(accelerator=device.type).bf16
@@ -202,6 +204,7 @@ def bench_step(encoder: str = "resnet18", batch_size: int = 128, repeats: int = 
 def bench_split(encoder: str = "resnet18", batch_size: int = 128, repeats: int = 5, warmup: int = 2, device: torch.device | str = "cpu") -> dict[str, float]:
     "Median seconds of the parts of our training step."
     device, model, parts = torch.device(device), paper_model(encoder).to(device), {}
+    reuse_memory()
     split = Split(torch.zeros(8 * batch_size), photo_tiles(8 * batch_size, 32)).to(device)
     batches = iter(StepLoader(Batches(split, batch_size, 0), warmup + repeats, 0))
     optimizer, bf16 = model.configure_optimizers()["optimizer"], TrainConfig(accelerator=device.type).bf16
