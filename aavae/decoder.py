@@ -27,10 +27,10 @@ class DecoderBlock(nn.Module):
         return x if x.shape[-1] == self.size else F.interpolate(x, size=(self.size, self.size), mode="nearest")
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.reduce is None else F.relu(self.reduce(x))
-        y = self.conv2(F.relu(self.conv1(self.resize(y))))
+        y = x if self.reduce is None else self.reduce(x).relu_()               # in place: a convolution needs no copy of its result
+        y = self.conv2(self.conv1(self.resize(y)).relu_())
         if self.shortcut is not None: x = self.resize(self.shortcut(x))        # 1x1 before the resize: the same result, less work
-        return F.relu(x + y)
+        return y.add_(x).relu_()
 
 # %% ../nbs/03_decoder.ipynb #a93cb199
 DECODERS = {"resnet18": (False, (2, 2, 2, 2)), "resnet34": (False, (3, 6, 4, 3)), "resnet50": (True, (3, 6, 4, 3))}
@@ -57,10 +57,10 @@ class Decoder(nn.Module):
         self.conv2, self.conv3 = nn.Conv2d(channels, 64, 3, padding=1), nn.Conv2d(64, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = F.relu(self.linear2(F.relu(self.linear1(z))))                       # (n, dim)
-        x = F.relu(self.conv1(x.view(-1, self.dim // 16, 4, 4)))                # (n, dim, 4, 4)
+        x = self.linear2(self.linear1(z).relu_()).relu_()                       # (n, dim)
+        x = self.conv1(x.view(-1, self.dim // 16, 4, 4)).relu_()                # (n, dim, 4, 4)
         x = self.stages(x.contiguous(memory_format=torch.channels_last))        # (n, c, s', s')
-        x = F.relu(self.conv2(self._enlarge(x, self.tail_scales[0])))
+        x = self.conv2(self._enlarge(x, self.tail_scales[0])).relu_()
         return self.conv3(self._enlarge(x, self.tail_scales[1]))                # (n, 3, s, s)
 
     def _enlarge(self, x: Tensor, scale: int) -> Tensor:

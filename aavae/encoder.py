@@ -78,8 +78,8 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32)[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float() / 255 if x.dtype == torch.uint8 else x
-        return (x - self.mean) / self.std
+        x = x.float().div_(255).sub_(self.mean) if x.dtype == torch.uint8 else x - self.mean
+        return x.div_(self.std)
 
 class ImageEncoder(nn.Module):
     "Images `(n, 3, s, s)`, 8-bit or float in [0, 1], to h `(n, d)`."
