@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'field_help', 'new_parser', 'parse', 'base_config', 'add_preset', 'read_config', 'cmd_pretrain',
-           'cmd_evaluate', 'cmd_data', 'cmd_doctor', 'cmd_results', 'cmd_report', 'cmd_demo', 'cmd_bench', 'usage',
-           'run_command', 'main']
+           'cmd_evaluate', 'cmd_transfer', 'cmd_data', 'cmd_doctor', 'cmd_results', 'cmd_report', 'cmd_demo',
+           'cmd_bench', 'usage', 'run_command', 'main']
 
 # %% ../nbs/21_cli.ipynb #439d913d
 import inspect
@@ -114,6 +114,25 @@ def cmd_evaluate(argv: list[str]):
     data = make_config(given, run.config).data if given else None
     options = {p: getattr(args, p) for p in inspect.signature(function).parameters if p not in ("run", "data")}
     print(format_table(results_table(evaluate(run, task, data, **options))))
+
+# %% ../nbs/21_cli.ipynb #c9ea3a4c
+def cmd_transfer(argv: list[str]):
+    "Trains a linear classifier of other images on a run's frozen encoder."
+    from aavae.evaluate import format_table, results_table
+    from aavae.transfer import classify
+    if not argv or argv[0] != "classify":
+        if argv and argv[0] in ("-h", "--help"): return print("usage: aavae transfer classify RUN --data.name folder --data.root DIR [--help]")
+        raise InputError("aavae transfer needs a task and a run; write aavae transfer classify RUN --data.name folder --data.root DIR")
+    parser = new_parser("transfer classify", "Train a linear layer on a run's frozen encoder, on other images, by the Places205 protocol.")
+    parser.add_argument("run", type=str, help="folder of the run")
+    for f in fields(DataConfig):
+        if f.name != "image_size": parser.add_argument(f"--data.{f.name}", type=str, default=None)
+    parser.add_function_arguments(classify, skip={"run", "data"})
+    args = parse(parser, argv[1:])
+    given = {f"data.{k}": v for k, v in vars(args.data).items() if v is not None}
+    if "data.name" not in given: raise InputError("aavae transfer classify needs other images; name them by --data.name folder --data.root DIR")
+    options = {p: getattr(args, p) for p in inspect.signature(classify).parameters if p not in ("run", "data")}
+    print(format_table(results_table(classify(Run.load(args.run), make_config(given).data, **options))))
 
 # %% ../nbs/21_cli.ipynb #5fe0659b
 def cmd_data(argv: list[str]):

@@ -293,18 +293,45 @@ def _classes(paths: list[Path], train: Path) -> tuple[list[str], list[str]]:
     empty = sorted(p.name for p in train.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in classes)
     return classes, [f"{train} has class folders without images: {', '.join(empty)}"] if empty else []
 
-# %% ../nbs/00_data.ipynb #0788415a
-def _folder(config: DataConfig) -> ImageData:
-    if config.root is None: raise InputError("data.name folder needs a folder of images; set --data.root DIR")
-    root = Path(config.root)
-    if not root.is_dir(): raise InputError(f"{root} is not a folder; set --data.root to one that holds train/")
+# %% ../nbs/00_data.ipynb #ab24a186
+def _read_list(path: Path, images: Path) -> tuple[list[Path], Tensor]:
+    "Paths and labels of a list with lines `path label`. Raises `InputError` with file and line where one does not fit."
+    paths, labels = [], []
+    for n, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+        name, _, label = line.strip().rpartition(" ")
+        if not line.strip(): continue
+        if not name or not label.isdigit(): raise InputError(f"{path}, line {n}: {line.strip()[:80]!r} is no path and number of a class; mend the line")
+        paths.append(images / name); labels.append(int(label))
+        if not os.path.exists(paths[-1]): raise InputError(f"{path}, line {n}: there is no image {paths[-1]}; unpack the images there or mend the line")
+    if not paths: raise InputError(f"{path} names no image; use the list that came with the images")
+    return paths, torch.tensor(labels)
+
+def _from_lists(root: Path) -> tuple[dict[str, list[Path]], dict[str, Tensor], list[str], list[str]] | None:
+    "Paths, labels, classes and notes from the lists of Places205 in `root`; None if there are none."
+    found = {s: p for s in ("train", "val") for p in (root / f"{s}_places205.csv", root / "trainvalsplit_places205" / f"{s}_places205.csv") if p.is_file()}
+    if "train" not in found: return None
+    images = next((root / d for d in ("images256", "data/vision/torralba/deeplearning/images256") if (root / d).is_dir()), root)
+    paths, labels = zip(*(_read_list(p, images) for p in found.values()))
+    paths, labels = dict(zip(found, paths)), dict(zip(found, labels))
+    names = {label: "/".join(p.relative_to(images).parts[:-1]) for label, p in zip(labels["train"].tolist(), paths["train"])}
+    classes = [names.get(i, str(i)) for i in range(max(int(y.max()) for y in labels.values()) + 1)]
+    return paths, labels, classes, []
+
+def _from_folders(root: Path) -> tuple[dict[str, list[Path]], dict[str, Tensor], list[str], list[str]]:
+    "Paths, labels, classes and notes from `train/`, `val/` and `test/` in `root`."
     if not (root / "train").is_dir():
         raise InputError(f"{root} has no train/ folder; put the training images into {root / 'train'}")
     paths = {s: list_images(root / s) for s in ("train", "val", "test") if (root / s).is_dir()}
     for s, p in paths.items():
         if not p: raise InputError(f"{root / s} holds no images; put images there or remove the folder")
     classes, notes = _classes(paths["train"], root / "train")
-    labels = {s: _labels(p, root / s, classes) for s, p in paths.items()}
+    return paths, {s: _labels(p, root / s, classes) for s, p in paths.items()}, classes, notes
+
+def _folder(config: DataConfig) -> ImageData:
+    if config.root is None: raise InputError("data.name folder needs a folder of images; set --data.root DIR")
+    root = Path(config.root)
+    if not root.is_dir(): raise InputError(f"{root} is not a folder; set --data.root to one that holds train/")
+    paths, labels, classes, notes = _from_lists(root) or _from_folders(root)
     if "val" not in paths:
         train, val = held_out(len(paths["train"]), config.val_size)
         pick = lambda i: ([paths["train"][j] for j in i.tolist()], labels["train"][i])
