@@ -10,6 +10,7 @@ __all__ = ['LRS', 'RATES', 'TASKS', 'PAPER', 'FILTERS', 'Probe', 'top_k', 'cosin
 # %% ../nbs/09_evaluate.ipynb #11c94ae3
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,14 +129,19 @@ def stratified(labels: Tensor, fraction: float, classes: list[str], seed: int) -
     return torch.cat(found).sort().values
 
 def listed(split: Split, path: str | Path) -> Tensor:
-    "Indices of the images whose file names stand in a list, one a line. Raises `InputError` with file and line at a name that is not there."
-    number = {p.name: i for i, p in enumerate(split.paths)}
+    "Indices of the images whose names, or class folders and names, stand in a list, one a line. Raises `InputError` with file and line at a name that is not there, or not the only one."
+    number = {p.name: i for i, p in enumerate(split.paths)} | {f"{p.parent.name}/{p.name}": i for i, p in enumerate(split.paths)}
+    often = Counter(p.name for p in split.paths)
     try: lines = Path(path).read_text("utf-8").split("\n")
     except (OSError, ValueError) as e: raise InputError(f"{path} cannot be read ({getattr(e, 'strerror', None) or e}); check --list_file") from e
     found = []
     for n, name in enumerate(map(str.strip, lines), 1):
-        if name and Path(name).name not in number: raise InputError(f"{path}, line {n}: {name} is no training image; use the list of this data set")
-        if name: found.append(number[Path(name).name])
+        if not name: continue
+        key = "/".join(Path(name).parts[-2:])
+        key = key if key in number else Path(name).name
+        if key not in number: raise InputError(f"{path}, line {n}: {name} is no training image; use the list of this data set")
+        if often[key] > 1: raise InputError(f"{path}, line {n}: {often[key]} training images are called {key}; write the class folder before the name")
+        found.append(number[key])
     if not found: raise InputError(f"{path} names no image; write one file name a line")
     return torch.tensor(found).unique()
 

@@ -150,7 +150,7 @@ case("Images", "a root whose name is no text")(lambda p: p.pretrain("--data.root
 case("Images", "a probe with a single class")(lambda p: ([shutil.rmtree(p.photos / s / "sky") for s in ("train", "test")], ["evaluate", "linear", p.run, "--data.root", p.photos])[1])
 case("Images", "a probe without labels")(lambda p: (tile(0).save(p.photos / "train" / "loose.png"), ["evaluate", "linear", p.run, "--data.root", p.photos])[1])
 case("Images", "a share of the labels that leaves a class without one")(lambda p: ["evaluate", "semi", p.run, "--fraction", "0.01"])
-case("Images", "a list that names no training image")(lambda p: ((p.tmp / "list.txt").write_text("00.png\nn01440764_10168.JPEG\n"), ["evaluate", "semi", p.run, "--list_file", p.tmp / "list.txt"])[1])
+case("Images", "a list that names no training image")(lambda p: ((p.tmp / "list.txt").write_text("sky/00.png\nn01440764_10168.JPEG\n"), ["evaluate", "semi", p.run, "--list_file", p.tmp / "list.txt"])[1])
 case("Images", "a list of Places205 with a line that is none")(lambda p: ((p.photos / "train_places205.csv").write_text("train/sky/00.png zero\n"), p.pretrain())[1])
 case("Images", "a transfer without other images")(lambda p: ["transfer", "classify", p.run])
 case("Images", "a hyperparameter to choose, and no split to choose it on")(lambda p: ((p.photos / "test").rename(p.photos / "val"), ["evaluate", "linear", p.run, "--tune", "true", "--data.root", p.photos])[1])
