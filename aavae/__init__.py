@@ -9,4 +9,5 @@ from .features import Features as Features
 from .loss import ObjectiveConfig as ObjectiveConfig, gaussian_kl as gaussian_kl, gaussian_log_likelihood as gaussian_log_likelihood
 from .model import AAVAE as AAVAE, ModelConfig as ModelConfig, build_model as build_model
 from .run import Config as Config, Run as Run, TrainConfig as TrainConfig
-from .train import Diverged as Diverged, Interrupted as Interrupted, preset as preset, pretrain as pretrain
+from .ranks import Failed as Failed, Interrupted as Interrupted
+from .train import Diverged as Diverged, preset as preset, pretrain as pretrain

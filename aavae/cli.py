@@ -20,7 +20,8 @@ import torch
 
 from .data import DataConfig, InputError
 from .run import SECTIONS, TYPES, Config, Run, atomic, check_values, config_parser, make_config, parser_error, read_records, read_yaml, unknown
-from .train import PRESETS, Diverged, Interrupted, preset, pretrain
+from .train import PRESETS, preset, pretrain
+from .ranks import Failed, Interrupted
 
 # %% ../nbs/21_cli.ipynb #95c5057f
 def field_help() -> dict[str, str]:
@@ -236,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as e: return fail(2, f"error: {e}")
     except Interrupted as e: return fail(128 + e.signum, f"{e}")
     except KeyboardInterrupt: return fail(130, "stopped")
-    except Diverged as e: return fail(1, f"error: {e}")
+    except Failed as e: return fail(1, f"error: {e}")
     except BrokenPipeError:                          # the reader of our output, head say, has had enough
         sys.stderr.close()
         return 0

@@ -101,7 +101,7 @@ def _demo(out: Path, overwrite: bool, changes: dict[str, Any]) -> Path:
 def measure(runs: dict[str, Run]) -> dict[str, dict[str, list[float]]]:
     "The four readings of the raw pixels, of the untrained network and of each run; the records go to the runs."
     first = next(iter(runs.values()))
-    data, bf16 = first.data(), first.config.train.bf16
+    data, bf16 = first.data(), first.here.bf16
     rows = {"raw pixels": readings(*_features(data), len(data.classes))}
     for name, run in {"untrained": first, **runs}.items():
         started, untrained = time.time(), name == "untrained"

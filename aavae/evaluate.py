@@ -198,7 +198,7 @@ LRS = (0.01, 0.03, 0.1, 0.3, 1.0)                        # times batch_size / 25
 def linear(run: Run, data: ImageData, untrained: bool = False, epoch: int | None = None, views: bool = False, seeds: tuple[int, ...] = (0,), tune: bool = False,
            max_epochs: int = 90, max_steps: int | None = None, batch_size: int = 256, lr: float | None = None, weight_decay: float = 0.0, standardize: bool = False) -> list[dict[str, Any]]:
     "Records (top-1, top-5) of a linear probe by the paper's protocol, on cached features or, with `views`, on random training views; with `tune` its learning rate is chosen on the validation split."
-    started, split, train = time.time(), _labelled(data), run.config.train
+    started, split, train = time.time(), _labelled(data), run.here
     if views and (standardize or tune): raise InputError("--standardize and --tune need cached features; leave out --views")
     options = dict(seeds=tuple(seeds), epochs=max_epochs, batch_size=batch_size, weight_decay=weight_decay, max_steps=max_steps)
     features = lambda name: run.features(name, data=data, untrained=untrained, epoch=epoch)
@@ -224,7 +224,7 @@ RATES = {0.01: (0.02, 0.5), 0.1: (0.01, 0.2)}            # share of labels: lear
 def semi(run: Run, data: ImageData, fraction: float = 0.01, list_file: str | None = None, untrained: bool = False, epoch: int | None = None, seeds: tuple[int, ...] = (0,),
          max_epochs: int = 20, max_steps: int | None = None, batch_size: int = 256, lr: float | None = None, head_lr: float | None = None) -> list[dict[str, Any]]:
     "Records (top-1, top-5) after fine-tuning on a share of the labels, drawn from each class or read from a `list_file` of file names; `untrained` is the supervised baseline."
-    started, split, train = time.time(), _labelled(data), run.config.train
+    started, split, train = time.time(), _labelled(data), run.here
     usual = RATES[0.01 if fraction < 0.05 else 0.1]
     lr, head_lr, scores = usual[0] if lr is None else lr, usual[1] if head_lr is None else head_lr, []
     for seed in seeds:

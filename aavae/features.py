@@ -49,7 +49,7 @@ def run_features(run: Run, split: str = "test", data: ImageData | None = None, u
     """`Features(x (n, d), y (n,))` of a split of the run's own images, or of `data`, by the run's encoder: the last, that of `epoch`, or an untrained one.
 
     Raises `InputError` if there is no such split or encoder."""
-    data, train = data or run.data(), run.config.train
+    data, train = data or run.data(), run.here
     encoder = run.encoder(untrained, epoch)
     key = hashlib.sha256(f"{weights_hash(encoder)} {data.fingerprint()} {data.image_size} {train.bf16}".encode()).hexdigest()[:16]
     path = run.path / "features" / f"{data.name}-{split}-{key}.safetensors"

@@ -22,7 +22,7 @@ import subprocess
 import time
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,13 +48,20 @@ class TrainConfig:
     max_epochs: int = 3200  # passes over the training split
     max_steps: int | None = None  # stop after this many steps, if that is sooner
     max_time: str | None = None  # HH:MM:SS; stop cleanly after this much training, to be resumed
-    batch_size: int = 256  # images per step
+    batch_size: int = 256  # images per step, over all processes and micro-batches
     lr: float = 2.5e-4  # learning rate of Adam after the warm-up
     warmup_epochs: int = 10  # linear from 0, step by step
     schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up
     weight_decay: float = 0.0  # of Adam
     precision: Literal["auto", "32", "bf16"] = "auto"  # of the networks; auto: bf16 where the hardware has it
+    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile the networks; auto: on CUDA, where it works
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"  # where
+    devices: int = 1  # processes on each machine, one for each GPU; they share the batch
+    nodes: int = 1  # machines; more than one are started by torchrun or SLURM
+    strategy: Literal["auto", "ddp"] = "auto"  # how processes work together; auto: ddp where there are several
+    accumulate: int = 1  # micro-batches per step, to save memory; BatchNorm normalises each by itself
+    clip: float | None = None  # largest norm of the gradient
+    ema: float | None = None  # decay, 0.999 say, of an exponential moving average of the weights, which the encoder file then holds
     seed: int = 0  # of the initial weights, the order, the views and the noise
     save_every_n_steps: int | None = None  # save last.ckpt this often
     save_every_minutes: float = 10.0  # and at least this often
@@ -62,15 +69,27 @@ class TrainConfig:
     knn_every_n_epochs: int = 25  # online kNN accuracy on the validation split; 0 is never
 
     def __post_init__(self):
-        for name, low in (("max_epochs", 1), ("max_steps", 1), ("batch_size", 2), ("warmup_epochs", 0), ("seed", 0), ("save_every_n_steps", 1), ("knn_every_n_epochs", 0)):
+        for name, low in (("max_epochs", 1), ("max_steps", 1), ("batch_size", 2), ("warmup_epochs", 0), ("seed", 0), ("save_every_n_steps", 1), ("knn_every_n_epochs", 0),
+                          ("devices", 1), ("nodes", 1), ("accumulate", 1)):
             value = getattr(self, name)
             if value is not None and value < low: raise InputError(f"train.{name} {value} is too small; use {low} or more")
         for name in ("lr", "weight_decay", "save_every_minutes"):
             value = getattr(self, name)
             if not 0 <= value < float("inf") or (name != "weight_decay" and value == 0): raise InputError(f"train.{name} {value} is out of range; use a number above 0")
+        if self.clip is not None and not 0 < self.clip < float("inf"): raise InputError(f"train.clip {self.clip} is out of range; use a number above 0")
+        if self.ema is not None and not 0 < self.ema < 1: raise InputError(f"train.ema {self.ema} is no decay; use a number between 0 and 1, 0.999 say")
+        parts = self.processes * self.accumulate
+        if self.batch_size % parts or self.batch_size < 2 * parts:
+            low = max(2 * parts, self.batch_size // parts * parts)
+            raise InputError(f"train.batch_size {self.batch_size} does not split into {parts} equal parts of 2 or more images (train.devices x nodes x accumulate); use {low} or {low + parts}")
         if any(e < 1 for e in self.keep_at_epochs): raise InputError(f"train.keep_at_epochs {self.keep_at_epochs} has an epoch below 1; epochs count from 1")
         if self.seed >= 2**31: raise InputError(f"train.seed {self.seed} is too large; use less than {2**31}")
         self.max_seconds
+
+    @property
+    def processes(self) -> int:
+        "How many processes train together."
+        return self.devices * self.nodes
 
     @property
     def max_seconds(self) -> float | None:
@@ -208,7 +227,7 @@ def atomic(path: str | Path):
         os.replace(part, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder); os.close(folder)
-    except OSError as e: raise InputError(f"{path} cannot be written ({e.strerror or e}); free space or choose another --out") from e
+    except OSError as e: raise InputError(f"{path} cannot be written ({e.strerror or e}), what was saved before is intact; free space or choose another --out") from e
     finally:
         with suppress(OSError): part.unlink()
 
@@ -333,6 +352,12 @@ class Run:
                 raise InputError(f"{path} is of another network than {self.path / 'config.yaml'} (model.{name} {there}, not {value}); put the right file back or repeat the run")
         return facts
 
+    @property
+    def here(self) -> TrainConfig:
+        "Device and precision of evaluations on this machine: the run's, or the CPU's where the run's GPU is not."
+        train = self.config.train
+        return replace(train, accelerator="cpu") if train.accelerator == "cuda" and not torch.cuda.is_available() else train
+
     def data(self) -> ImageData:
         "The images that the run was trained on."
         self._data = self._data or load_data(self.config.data)
@@ -362,9 +387,10 @@ class Run:
         return build_model(c.model, c.objective, c.views, facts["image_size"], facts["mean"], facts["std"], c.train.seed)
 
     def model(self) -> AAVAE:
-        "The whole model, decoder included, of the last checkpoint, in eval mode."
+        "The whole model, decoder included, of the last checkpoint, in eval mode; the averaged weights if `train.ema` kept an average."
         model = self.fresh_model()
-        try: model.load_state_dict(load_checkpoint(self.checkpoint)["state_dict"])
+        saved = load_checkpoint(self.checkpoint)
+        try: model.load_state_dict(saved["aavae"].get("ema") or saved["state_dict"])
         except (RuntimeError, KeyError, TypeError, AttributeError) as e: raise InputError(f"{self.checkpoint} does not fit the model of {self.path / 'config.yaml'}; resume or repeat the run") from e
         return model.eval().requires_grad_(False)
 
@@ -477,4 +503,4 @@ def make_record(run: Run, data: ImageData, task: str, metric: str, values: list[
             "encoder": c.model.encoder, "decoder": c.model.decoder, "width": c.model.width, "maxpool": c.model.maxpool, "latent_dim": c.model.latent_dim, "untrained": untrained,
             "pretrain": {"dataset": facts["dataset"], "label": facts["label"], "batch_size": c.train.batch_size, "seed": c.train.seed} | budget,
             "eval": {"dataset": data.name, "label": data.label, "split": split, "n": n, "views": views, "fraction": fraction, "hyperparameters": hyperparameters},
-            "provenance": provenance(c, data.fingerprint(), c.train.device, started)}
+            "provenance": provenance(c, data.fingerprint(), run.here.device, started)}

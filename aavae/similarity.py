@@ -70,9 +70,9 @@ def _layer(run: Run, layer: str, untrained: bool) -> Callable[[Tensor, Tensor, i
     "The function of views `(n, 3, s, s)`, indices `(n,)` and the number of the view that gives the features `(n, d)` of a layer."
     if layer not in ("h", "mu", "z"): raise InputError(f"there is no layer {layer!r}; use h, mu or z")
     if layer == "h":
-        encoder = run.encoder(untrained).to(run.config.train.device)
+        encoder = run.encoder(untrained).to(run.here.device)
         return lambda x, index, view: encoder(x)
-    model = (run.fresh_model() if untrained else run.model()).eval().to(run.config.train.device)
+    model = (run.fresh_model() if untrained else run.model()).eval().to(run.here.device)
     def posterior(x, index, view):
         mu, std = model.encode(model.normalize(x))
         return mu if layer == "mu" else model.sample(mu, std, index, epoch=view)
@@ -84,7 +84,7 @@ def view_similarity(run: Run, n: int = 8, views: int = 8, layer: str = "h", untr
     """The `Similarity` of `views` random views each of `n` images, to the run's encoder or to the same network before training (Appendix A.4).
 
     Raises `InputError` if there is no such encoder, checkpoint, split or layer, or fewer than two images or views."""
-    name, device = split or run.data().eval_split, run.config.train.device
+    name, device = split or run.data().eval_split, run.here.device
     part, features = run.data().split(name), _layer(run, layer, untrained)
     order = permutation(seed, 0, len(part))[:max(n, reference)]
     n = min(n, len(order))

@@ -25,7 +25,7 @@ def classify(run: Run, data: DataConfig, image_size: int | None = None, untraine
 
     Raises `InputError` if the data set is not there or has no labels."""
     if views and standardize: raise InputError("--standardize needs cached features; leave out --views or --standardize")
-    started, train = time.time(), run.config.train
+    started, train = time.time(), run.here
     images = load_data(replace(data, image_size=image_size or run.facts["image_size"]))
     split = _labelled(images)
     options = dict(seeds=tuple(seeds), epochs=max_epochs, max_steps=max_steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, nesterov=False, decay=PLACES)
