@@ -19,7 +19,7 @@ from .data import InputError, uniform
 # %% ../nbs/01_augment.ipynb #7c34bec7
 @dataclass
 class ViewsConfig:
-    "The SimCLR recipe (Chen et al., 2020); the defaults are the paper's for CIFAR-10 (Appendix A.1)."
+    "The random views (SimCLR, Chen et al., 2020); the defaults are the paper's for CIFAR-10 (Appendix A.1)."
     crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the crop, as a share of the image
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
     flip: float = 0.5  # probability of a horizontal flip

@@ -69,7 +69,7 @@ def base_config(argv: list[str]) -> Config:
     return make_config(read_yaml(file), config) if file else config
 
 def add_preset(parser):
-    parser.add_argument("--preset", type=str, default=None, help=f"settings to begin with: {', '.join(sorted(PRESETS))} (default: digits)")
+    parser.add_argument("--preset", type=str, default=None, help=f"configuration to begin with: {', '.join(sorted(PRESETS))} (default: digits)")
     parser.add_argument("--config", type=str, default=None, help="a YAML file of fields, as in a run's config.yaml")
 
 def read_config(parsed, parser) -> Config:
@@ -81,10 +81,10 @@ def read_config(parsed, parser) -> Config:
 # %% ../nbs/21_cli.ipynb #fdc4a4d7
 def cmd_pretrain(argv: list[str]):
     "Trains a model and writes a run."
-    parser = new_parser("pretrain", "Train a model and write a run. Ctrl-C saves; --resume true goes on.")
+    parser = new_parser("pretrain", "Train a model and write a run. Ctrl-C saves; --resume true resumes it.")
     add_preset(parser)
     parser.add_argument("--out", type=str, required=True, help="folder of the run")
-    parser.add_argument("--resume", type=bool, default=False, help="go on with the run in --out")
+    parser.add_argument("--resume", type=bool, default=False, help="resume the run in --out")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace the run in --out")
     wants_help = "--help" in argv or "-h" in argv
     config_parser(parser, Config() if wants_help else base_config(argv))
@@ -139,7 +139,7 @@ def cmd_transfer(argv: list[str]):
 def cmd_data(argv: list[str]):
     "Checks a data set: reads every file, shows splits, balance, duplicates and the time of an epoch."
     from aavae.doctor import check_data
-    parser = new_parser("data", "Check the images that these settings would train on: every file is read.")
+    parser = new_parser("data", "Check the images of a configuration: every file is read.")
     add_preset(parser)
     config_parser(parser, Config() if "--help" in argv or "-h" in argv else base_config(argv))
     config = read_config(parse(parser, argv), parser)

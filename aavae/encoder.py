@@ -92,7 +92,7 @@ class ImageEncoder(nn.Module):
 # %% ../nbs/02_encoder.ipynb #21d0f968
 @torch.no_grad()
 def embed(encoder: nn.Module, split: Split, batch_size: int = 256, bf16: bool = False, desc: str | None = None) -> Tensor:
-    "What `encoder` in eval mode gives for each image of a split: float32 `(n, d)` on the encoder's device."
+    "The features of a split: what `encoder` in eval mode gives for each image, float32 `(n, d)` on the encoder's device."
     device, training = next(encoder.parameters()).device, encoder.training
     encoder.eval()
     starts = progress(range(0, len(split), batch_size), desc, disable=desc is None)

@@ -270,7 +270,7 @@ def results_table(records: list[dict[str, Any]]) -> list[dict[str, str]]:
         name = r["objective"] + (f" (target {r['target']})" if r["target"] != "original" else "") + (f" (beta {r['beta']:g})" if r["objective"] in ("beta", "vae") else "")
         share = f" {100 * e.get('fraction', 1):.3g}%" if e.get("fraction", 1) != 1 else ""
         row = {"objective": "untrained" if r["untrained"] else name, "encoder": r["encoder"] + (f" x{r['width']:g}" if r["width"] != 1 else "") + (" max-pool" if r["maxpool"] else ""),
-               "pretrained on": "" if r["untrained"] else p["label"], "epochs": f"{p['epochs']:g}", "views": f"{p['views_seen']:,}", "seed": str(p["seed"]),
+               "pretrained on": "" if r["untrained"] else p["label"], "epochs": f"{p['epochs']:g}", "views seen": f"{p['views_seen']:,}", "seed": str(p["seed"]),
                "task": r["task"] + share + (f" k={h['k']}" if "k" in h else "") + (" on views" if e["views"] and r["task"] == "linear" else ""), "data": f"{e['label']} {e['split']}"}
         paper = {"paper": paper_value(r)} if paper_value(r) and r["metric"] == "top1" else {}
         rows.setdefault((*row.values(), str(h), str(r["seeds"])), row).update({r["metric"]: f"{100 * r['value']:.2f}{spread}"} | paper)

@@ -36,7 +36,7 @@ def gaussian_log_likelihood(x: Tensor, mean: Tensor, logscale: Tensor | float = 
     return -0.5 * error / scale**2 - x[0].numel() * (torch.log(scale) + 0.5 * math.log(2 * math.pi))
 
 def gaussian_kl(mu: Tensor, std: Tensor) -> Tensor:
-    "KL(N(mu, std^2) || N(0, I)) in nats, `(n, d)` to `(n,)`: summed over the latents, not averaged."
+    "KL(N(mu, std^2) || N(0, I)) in nats, `(n, d)` to `(n,)`: summed over the dimensions of z, not averaged."
     return (0.5 * (mu.square() + std.square() - 1) - std.log()).sum(1)
 
 # %% ../nbs/04_loss.ipynb #5933db1f
@@ -44,12 +44,12 @@ SWITCHES = {"ae": (False, False, 0.0), "aaae": (True, False, 0.0), "vae": (False
 
 @dataclass
 class ObjectiveConfig:
-    "What is maximised (Section 3)."
-    name: Literal["ae", "aaae", "vae", "beta", "aavae"] = "aavae"  # the objective
-    beta: float | None = None  # weight of the KL term: needed by beta, 1 by default for vae, 0 for the others
-    target: Literal["original", "view"] = "original"  # what the decoder must return
-    logscale: float = 0.0  # log-variance of the likelihood, its start if it is learned
-    learn_logscale: bool = False  # learn it
+    "Which autoencoder is trained (Sections 3 and 4.1)."
+    name: Literal["ae", "aaae", "vae", "beta", "aavae"] = "aavae"  # autoencoder, augmented AE, VAE, AAVAE with a KL term, AAVAE
+    beta: float | None = None  # weight of the KL term: needed for beta, 1 by default for vae, 0 for the others
+    target: Literal["original", "view"] = "original"  # what the decoder must return: the original image, or the view that the encoder saw
+    logscale: float = 0.0  # log-variance of the Gaussian likelihood, its start if it is learned
+    learn_logscale: bool = False  # learn the logscale, one number for all pixels
     clean_pass: bool = False  # the original code's second encoder pass, over the originals, which moves BatchNorm's statistics
 
     def __post_init__(self):

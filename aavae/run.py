@@ -47,26 +47,26 @@ class TrainConfig:
     "How it is trained."
     max_epochs: int = 3200  # passes over the training split
     max_steps: int | None = None  # stop after this many steps, if that is sooner
-    max_time: str | None = None  # HH:MM:SS; stop cleanly after this much training, to be resumed
+    max_time: str | None = None  # HH:MM:SS; save and stop after this much training, to be resumed
     batch_size: int = 256  # images per step, over all processes and micro-batches
     lr: float = 2.5e-4  # learning rate of Adam after the warm-up
-    warmup_epochs: int = 10  # linear from 0, step by step
-    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up
-    weight_decay: float = 0.0  # of Adam
-    precision: Literal["auto", "32", "bf16"] = "auto"  # of the networks; auto: bf16 where the hardware has it
+    warmup_epochs: int = 10  # epochs in which the learning rate rises linearly from 0, step by step
+    schedule: Literal["constant", "cosine"] = "constant"  # the learning rate after the warm-up
+    weight_decay: float = 0.0  # weight decay of Adam
+    precision: Literal["auto", "32", "bf16"] = "auto"  # number format of the networks; auto: bf16 where the hardware has it
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile the networks; auto: on CUDA, where it works
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"  # where
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"  # device to train on; auto: a CUDA GPU if there is one
     devices: int = 1  # processes on each machine, one for each GPU; they share the batch
     nodes: int = 1  # machines; more than one are started by torchrun or SLURM
     strategy: Literal["auto", "ddp"] = "auto"  # how processes work together; auto: ddp where there are several
     accumulate: int = 1  # micro-batches per step, to save memory; BatchNorm normalises each by itself
     clip: float | None = None  # largest norm of the gradient
     ema: float | None = None  # decay, 0.999 say, of an exponential moving average of the weights, which the encoder file then holds
-    seed: int = 0  # of the initial weights, the order, the views and the noise
+    seed: int = 0  # decides the initial weights, the order, the views and the noise
     save_every_n_steps: int | None = None  # save last.ckpt this often
-    save_every_minutes: float = 10.0  # and at least this often
-    keep_at_epochs: list[int] = field(default_factory=list)  # keep the encoder of these epochs
-    knn_every_n_epochs: int = 25  # online kNN accuracy on the validation split; 0 is never
+    save_every_minutes: float = 10.0  # save last.ckpt at least this often
+    keep_at_epochs: list[int] = field(default_factory=list)  # milestones: epochs whose encoders are kept
+    knn_every_n_epochs: int = 25  # epochs between kNN accuracies on the validation split; 0: never
 
     def __post_init__(self):
         for name, low in (("max_epochs", 1), ("max_steps", 1), ("batch_size", 2), ("warmup_epochs", 0), ("seed", 0), ("save_every_n_steps", 1), ("knn_every_n_epochs", 0),
@@ -115,7 +115,7 @@ class TrainConfig:
 # %% ../nbs/06_run.ipynb #0bb4f2e7
 @dataclass
 class Config:
-    "All settings of a run."
+    "The configuration of a run."
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -364,7 +364,7 @@ class Run:
         return self._data
 
     def milestones(self) -> dict[int, Path]:
-        "The encoders kept on the way, by epoch."
+        "The milestones: files of the encoders that were kept, by epoch."
         return {int(p.stem.split("=")[1]): p for p in sorted((self.path / "checkpoints").glob("epoch=*.safetensors")) if p.stem.split("=")[1].isdigit()}
 
     def encoder(self, untrained: bool = False, epoch: int | None = None) -> ImageEncoder:

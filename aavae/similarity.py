@@ -56,14 +56,14 @@ def view_numbers(h: Tensor, mean: Tensor | None = None) -> dict[str, float]:
 # %% ../nbs/13_similarity.ipynb #ce6ade0a
 @dataclass
 class Similarity:
-    "Cosines between views of images, and what they say."
+    "Cosines between views of images, and the numbers drawn from them."
     matrix: Tensor  # (n v, n v) float32, centred; the views of an image are neighbours
     raw: Tensor  # (n v, n v) float32, not centred
-    numbers: dict[str, float]  # of `view_numbers`, for the two first views of `reference` images
+    numbers: dict[str, float]  # of `view_numbers`, for the first two views of `reference` images
     images: Tensor  # (n, 3, s, s) 8-bit
     views: Tensor  # (n, v, 3, s, s) in [0, 1]
     index: Tensor  # (n,) which images of the split these are
-    split: str
+    split: str  # its name
     reference: int  # images that the numbers and the mean come from
 
 def _layer(run: Run, layer: str, untrained: bool) -> Callable[[Tensor, Tensor, int], Tensor]:
