@@ -134,15 +134,14 @@ def launch(n: int, code: str, *arguments: Any):
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     agent = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
                          signals_to_handle="SIGINT,SIGTERM,SIGUSR1", shutdown_timeout=600)
-    logger, threads = logging.getLogger("torch.distributed.elastic"), os.environ.get("OMP_NUM_THREADS")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    threads, disabled = os.environ.get("OMP_NUM_THREADS"), logging.root.manager.disable
+    logging.disable(logging.CRITICAL)                # the agent's own account of what is raised below
     os.environ["OMP_NUM_THREADS"] = threads or str(max(1, torch.get_num_threads() // n))
     try: elastic_launch(agent, sys.executable)("-c", code, json.dumps(arguments))
-    except SignalException as e: raise Interrupted(int(e.sigval), "stopped; continue with --resume true") from None
+    except SignalException as e: raise Interrupted(int(e.sigval), "stopped by a signal; continue with --resume true") from None
     except ChildFailedError as e: raise _cause(*e.get_first_failure()) from None
     finally:
-        logger.setLevel(level)
+        logging.disable(disabled)
         if threads is None: del os.environ["OMP_NUM_THREADS"]
 
 def run_rank(work):
@@ -151,7 +150,7 @@ def run_rank(work):
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGTERM)                   # PR_SET_PDEATHSIG
     try: record(work)(*json.loads(sys.argv[1]))
     except BaseException as e:
-        if isinstance(e, Interrupted) and os.environ["RANK"] == "0": print(e, file=sys.stderr, flush=True)
+        if isinstance(e, Interrupted) and os.environ["RANK"] == "0": print(str(e).split(";")[0], file=sys.stderr, flush=True)
         os._exit(1)                                  # no farewell to ranks that may be gone
 
 def _cause(rank: int, failure) -> Exception:
@@ -162,5 +161,5 @@ def _cause(rank: int, failure) -> Exception:
     kind, _, message = text.partition(": ")
     if kind == "Interrupted": return Interrupted(signal.SIGTERM, message)
     if kind in ERRORS: return ERRORS[kind](message)
-    if not text: return Failed(f"rank {rank} of the run died (exit code {failure.exitcode}, by a signal if negative); continue with --resume true")
+    if not text: return Failed(f"rank {rank} of the run died (exit {failure.exitcode}, by a signal if negative); continue with --resume true")
     return RuntimeError(f"rank {rank}: {said['extraInfo']['py_callstack'][-20_000:]}")

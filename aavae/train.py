@@ -473,5 +473,5 @@ def _plain_errors(config: Config, image_size: int, out: Path):
             remedy = remedy(t, min(batch_that_fits(t, memory_needs(config, image_size), free[0]), t.batch_size))
             raise Failed(f"out of memory at train.batch_size {t.batch_size}; {remedy}. What was saved before is kept in {out}") from e
         if config.train.processes > 1 and (isinstance(e, dist.DistError) or any(w in text for w in LOST_RANK)):
-            raise Failed(f"a process of this run is gone ({text.splitlines()[0][:120]}); continue with --resume true") from e
+            raise Failed("a process of this run is gone; continue with --resume true") from e
         raise
