@@ -21,6 +21,7 @@ import torch
 from .data import DataConfig, InputError
 from .run import SECTIONS, TYPES, Config, Run, atomic, check_values, config_parser, make_config, parser_error, read_records, read_yaml, unknown
 from .train import PRESETS, preset, pretrain
+from .memory import OUT_OF_MEMORY
 from .ranks import Failed, Interrupted
 
 # %% ../nbs/21_cli.ipynb #95c5057f
@@ -242,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as e: return fail(2, f"error: {e.filename or 'a file'} cannot be used ({e.strerror or e}); check the path, its permissions and the free space")
-    except (MemoryError, torch.OutOfMemoryError): return fail(1, "error: out of memory; use a smaller --train.batch_size")
+    except (MemoryError, torch.OutOfMemoryError): return fail(1, "error: out of memory; use smaller images or batches")
     except RuntimeError as e:
-        if "not enough memory" not in str(e): raise                                          # of PyTorch's allocator on the CPU
-        return fail(1, "error: out of memory; use a smaller --train.batch_size")
+        if not any(words in str(e) for words in OUT_OF_MEMORY): raise
+        return fail(1, "error: out of memory; use smaller images, or --data.resident false for images in files")

@@ -199,8 +199,12 @@ class ImageData:
         "The published constants, or those of (at most 10,000 images of) the training split."
         if self._stats[0] is None:
             train = self.split("train")
-            x = train.images_at(permutation(0, 0, len(train))[:10_000]).double() / 255
-            self._stats = ([round(v, 6) for v in x.mean((0, 2, 3)).tolist()], [max(round(v, 6), 1e-3) for v in x.std((0, 2, 3)).tolist()])
+            count, total, squares = 0, torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+            for index in permutation(0, 0, len(train))[:10_000].split(256):
+                x = train.images_at(index).cpu().double() / 255
+                count, total, squares = count + x[:, 0].numel(), total + x.sum((0, 2, 3)), squares + x.square().sum((0, 2, 3))
+            std = ((squares - total**2 / count) / (count - 1)).clamp(min=0).sqrt()
+            self._stats = ([round(v, 6) for v in (total / count).tolist()], [max(round(v, 6), 1e-3) for v in std.tolist()])
         return self._stats
 
     def fingerprint(self) -> str:

@@ -201,10 +201,10 @@ def test_a_full_disk_keeps_what_was_saved(aavae, tmp_path, fills):
 def test_out_of_memory_is_one_line(tmp_path):
     "An allocation that the system refuses: one line with a batch that would fit, exit 1."
     def limit(): resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
-    p = start("pretrain", "--preset", "digits", "--data.image_size", "256", "--model.width", "1", "--model.maxpool", "false", "--train.batch_size", "24", "--train.precision", "32", "--train.accelerator", "cpu",
+    p = start("pretrain", "--preset", "digits", "--data.image_size", "128", "--model.width", "1", "--model.maxpool", "false", "--train.batch_size", "96", "--train.precision", "32", "--train.accelerator", "cpu",
               "--out", tmp_path / "run", preexec_fn=limit)
     _, err = p.communicate(timeout=300)
-    assert p.returncode == 1 and "out of memory at train.batch_size 24; use --train.batch_size" in err and "Traceback" not in err, err
+    assert p.returncode == 1 and "out of memory at train.batch_size 96; use --train.batch_size" in err and "Traceback" not in err, err
 
 
 LONG = """
