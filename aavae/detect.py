@@ -93,7 +93,7 @@ def coco_ap(predictions: list[dict[str, Tensor]], targets: list[dict[str, Tensor
     "COCO-style `ap`, `ap50`, `ap75`, shares of 1; None where the `detect` extra is not installed."
     if not find_spec("faster_coco_eval"): return None
     from torchmetrics.detection import MeanAveragePrecision
-    metric = MeanAveragePrecision(backend="faster_coco_eval")
+    metric = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False)         # the other processes have ended
     with warnings.catch_warnings(action="ignore"):
         metric.update([{k: p[k] for k in ("boxes", "labels", "scores")} for p in predictions], [{"boxes": t["boxes"], "labels": t["labels"], "iscrowd": t["difficult"].long()} for t in targets])
         found = metric.compute()
@@ -179,6 +179,7 @@ class VOC:
             for folder in folders:
                 if not (folder / part).is_dir(): raise InputError(f"{folder} has no {part}/ folder; set --data.root to a folder in Pascal VOC's format")
         has = lambda folder, name: (folder / "ImageSets" / "Main" / f"{name}.txt").is_file()
+        if years is not None and not has(folders[0], "test"): raise InputError(f"{folders[0]} has no ImageSets/Main/test.txt; unpack VOC2007's test images and annotations there too")
         self.split = "test" if has(folders[0], "test") else "val"
         train_list = "train" if self.split == "val" or not has(folders[0], "trainval") else "trainval"
         self.repairs: Counter = Counter()
@@ -511,12 +512,12 @@ def _start(run: Run, untrained: bool, epoch: int | None, weights: str | None) ->
     encoder, facts = run.encoder(untrained, epoch).encoder, run.facts
     return Start(encoder.requires_grad_(True).train(), facts["mean"], facts["std"], "untrained" if untrained else f"epoch{epoch:04}" if epoch is not None else "")
 
-def _recipe(n: int, max_steps: int | None, max_epochs: int | None, batch_size: int, image_size: int, lr: float | None, warmup_steps: int, seed: int) -> Recipe:
+def _recipe(n: int, max_steps: int | None, max_epochs: int | None, batch_size: int, image_size: int, lr: float, warmup_steps: int, seed: int) -> Recipe:
     "The recipe in steps; epochs count passes over the `n` training images."
     if max_epochs is not None and max_epochs < 1: raise InputError(f"--max_epochs {max_epochs} is too small; use 1 or more")
     limits = [max_steps, None if max_epochs is None or batch_size < 1 else -(-max_epochs * n // batch_size)]
     steps = min((s for s in limits if s is not None), default=Recipe.max_steps)
-    return Recipe(steps, batch_size, image_size, 0.01 * batch_size / 16 if lr is None else lr, warmup_steps, Recipe.weight_decay, seed)
+    return Recipe(steps, batch_size, image_size, lr, warmup_steps, Recipe.weight_decay, seed)
 
 def _previous(folder: Path, settings: dict, resume: bool, overwrite: bool) -> dict | None:
     "The checkpoint to go on from. Raises `InputError` where the folder and the wish do not fit."
@@ -537,11 +538,11 @@ def _previous(folder: Path, settings: dict, resume: bool, overwrite: bool) -> di
     return checkpoint
 
 def detect(run: Run, root: str, untrained: bool = False, epoch: int | None = None, weights: str | None = None, max_steps: int | None = None, max_epochs: int | None = None,
-           batch_size: int = 16, image_size: int = 800, lr: float | None = None, warmup_steps: int = 100, seed: int = 0, accelerator: Literal["auto", "cpu", "cuda"] | None = None, devices: int = 1,
+           batch_size: int = 16, image_size: int = 800, lr: float = 0.01, warmup_steps: int = 100, seed: int = 0, accelerator: Literal["auto", "cpu", "cuda"] | None = None, devices: int = 1,
            strategy: str = "auto", workers: int = 2, save_every_n_steps: int | None = None, resume: bool = False, overwrite: bool = False, show_progress: bool = True) -> list[dict[str, Any]]:
     """Trains Faster R-CNN on the Pascal VOC folder `root`, starting from the run's encoder, and returns the records of its average precision on the test images.
 
-    The defaults are the paper's: 24,000 steps unless `max_steps` or `max_epochs` is given, batch 16, shorter side 480-800 in training and 800 in test, lr 0.01 for batch 16."""
+    The defaults are the paper's: 24,000 steps unless `max_steps` or `max_epochs` is given, batch 16, lr 0.01, shorter side 480-800 in training and 800 in test."""
     started, train = time.time(), asdict(run.config.train)
     train = type(run.config.train)(**train | ({"accelerator": accelerator} if accelerator else {}))
     device = train.device
