@@ -425,7 +425,10 @@ def train_detector(detector: FasterRCNN, data: VOC, recipe: Recipe, folder: Path
                             sync_batchnorm=device.type == "cuda" and devices > 1, precision="bf16-mixed" if bf16 else "32-true", callbacks=[keeper], plugins=[AtomicCheckpointIO()],
                             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         batches = PhotoBatches(data, recipe.batch_size, recipe.image_size, recipe.seed, trainer.global_rank, trainer.world_size)
-        try: trainer.fit(DetectionTask(detector, recipe), PhotoLoader(batches, recipe.max_steps, workers), ckpt_path=checkpoint, weights_only=True)
+        safe = device.type != "cpu" or detector.conv4[0].out_channels >= 16      # oneDNN corrupts memory in the backward pass of a strided 1x1 convolution of 8 channels (torch 2.15)
+        try:
+            with torch.backends.mkldnn.flags(enabled=safe and torch.backends.mkldnn.enabled):
+                trainer.fit(DetectionTask(detector, recipe), PhotoLoader(batches, recipe.max_steps, workers), ckpt_path=checkpoint, weights_only=True)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
             if isinstance(e, (InputError, Diverged, torch.OutOfMemoryError)) or checkpoint is None or keeper.began: raise
             raise InputError(f"{checkpoint} is damaged or was changed; start anew with --overwrite true") from e

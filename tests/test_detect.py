@@ -11,7 +11,7 @@ import pytest
 from aavae import Run
 from aavae.run import load_checkpoint
 
-PRETRAIN = ["--preset", "digits", "--model.width", "0.125", "--train.max_steps", "2", "--train.knn_every_n_epochs", "0", "--train.accelerator", "cpu"]
+PRETRAIN = ["--preset", "digits", "--train.max_steps", "2", "--train.knn_every_n_epochs", "0", "--train.accelerator", "cpu"]
 SMALL = ["--max_steps", "8", "--batch_size", "2", "--image_size", "96", "--warmup_steps", "2", "--save_every_n_steps", "2", "--data.workers", "0"]
 MAIN = [sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())"]
 
