@@ -20,6 +20,7 @@ import time
 import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -427,12 +428,15 @@ def train_detector(detector: FasterRCNN, data: VOC, recipe: Recipe, folder: Path
         batches = PhotoBatches(data, recipe.batch_size, recipe.image_size, recipe.seed, trainer.global_rank, trainer.world_size)
         safe = device.type != "cpu" or detector.conv4[0].out_channels >= 16      # oneDNN corrupts memory in the backward pass of a strided 1x1 convolution of 8 channels (torch 2.15)
         try:
-            with torch.backends.mkldnn.flags(enabled=safe and torch.backends.mkldnn.enabled):
+            with nullcontext() if safe else torch.backends.mkldnn.flags(enabled=False):
                 trainer.fit(DetectionTask(detector, recipe), PhotoLoader(batches, recipe.max_steps, workers), ckpt_path=checkpoint, weights_only=True)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
             if isinstance(e, (InputError, Diverged, torch.OutOfMemoryError)) or checkpoint is None or keeper.began: raise
             raise InputError(f"{checkpoint} is damaged or was changed; start anew with --overwrite true") from e
+        except SystemExit:                                                      # Lightning's own answer to a SIGTERM that came while saving
+            if not stop: raise
         finally: keeper.close()
+        if stop and trainer.global_step < recipe.max_steps: raise Interrupted(stop[0], f"stopped at step {trainer.global_step} of {recipe.max_steps}; continue with --resume true")
     return trainer, keeper.seconds
 
 # %% ../nbs/11_detect.ipynb #4a3baeb5

@@ -12,7 +12,7 @@ from aavae import Run
 from aavae.run import load_checkpoint
 
 PRETRAIN = ["--preset", "digits", "--train.max_steps", "2", "--train.knn_every_n_epochs", "0", "--train.accelerator", "cpu"]
-SMALL = ["--max_steps", "8", "--batch_size", "2", "--image_size", "96", "--warmup_steps", "2", "--save_every_n_steps", "2", "--data.workers", "0"]
+SMALL = ["--max_steps", "30", "--batch_size", "2", "--image_size", "96", "--warmup_steps", "2", "--save_every_n_steps", "2", "--data.workers", "0"]
 MAIN = [sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())"]
 
 
@@ -53,7 +53,7 @@ def test_records_and_files(whole):
     records = {r["metric"]: r for r in Run.load(whole).records()}
     assert {"ap", "ap50", "ap75"} <= set(records)
     r = records["ap50"]
-    assert (r["task"], r["eval"]["dataset"], r["eval"]["n"], r["eval"]["hyperparameters"]["iterations"]) == ("detect", "bccd-voc", 3, 8)
+    assert (r["task"], r["eval"]["dataset"], r["eval"]["n"], r["eval"]["hyperparameters"]["iterations"]) == ("detect", "bccd-voc", 3, 30)
     assert set(r["details"]["per_class"]) >= {"RBC", "WBC"} and 0 <= r["value"] <= 1
     folder = whole / "detect" / "bccd-voc"
     saved = json.loads((folder / "predictions.json").read_text())
@@ -73,7 +73,7 @@ def test_stopped_and_resumed_is_the_same(aavae, bccd, pretrained, whole, tmp_pat
     _, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     if code > 0: assert "continue with --resume true" in err and "Traceback" not in err
-    assert 0 < load_checkpoint(folder / "last.ckpt")["global_step"] < 8
+    assert 0 < load_checkpoint(folder / "last.ckpt")["global_step"] < 30
     done = aavae(*line, "--resume", "true")
     assert done.returncode == 0, done.stderr
     other = whole / "detect" / "bccd-voc"
