@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'field_help', 'new_parser', 'parse', 'base_config', 'add_preset', 'read_config', 'cmd_pretrain',
-           'cmd_evaluate', 'cmd_transfer', 'cmd_data', 'cmd_doctor', 'cmd_results', 'cmd_report', 'cmd_demo',
-           'cmd_bench', 'usage', 'run_command', 'main']
+           'cmd_evaluate', 'cmd_detect', 'cmd_transfer', 'cmd_data', 'cmd_doctor', 'cmd_results', 'cmd_report',
+           'cmd_demo', 'cmd_bench', 'usage', 'run_command', 'main']
 
 # %% ../nbs/21_cli.ipynb #439d913d
 import inspect
@@ -116,6 +116,25 @@ def cmd_evaluate(argv: list[str]):
     data = make_config(given, run.config).data if given else None
     options = {p: getattr(args, p) for p in inspect.signature(function).parameters if p not in ("run", "data")}
     print(format_table(results_table(evaluate(run, task, data, **options))))
+
+def cmd_detect(argv: list[str]):
+    "Trains Faster R-CNN from the encoder of a run and measures its average precision."
+    from aavae.detect import detect
+    from aavae.evaluate import format_table, results_table
+    parser = new_parser("detect", f"Transfer by detection: {inspect.getdoc(detect)}")
+    parser.add_argument("run", type=str, help="folder of the run")
+    parser.add_argument("--data.root", type=str, required=True, help="folder in Pascal VOC's format: JPEGImages/, Annotations/, ImageSets/Main/")
+    parser.add_argument("--data.workers", type=int, default=2, help="processes that decode images")
+    parser.add_function_arguments(detect, skip={"run", "root", "workers", "show_progress"})
+    args = parse(parser, argv)
+    run, options = Run.load(args.run), {p: getattr(args, p) for p in inspect.signature(detect).parameters if p not in ("run", "root", "workers", "show_progress")}
+    records = detect(run, args.data.root, workers=args.data.workers, **options)
+    if not records: return                            # a second process: the first one tells
+    rows = {}
+    for row in results_table(records): rows.setdefault(row["task"], row).update(row)
+    print(format_table(list(rows.values())))
+    for name, ap in records[0]["details"]["per_class"].items():
+        print(f"{name}: " + (f"AP {100 * ap['ap']:.2f}, AP50 {100 * ap['ap50']:.2f}, AP75 {100 * ap['ap75']:.2f} of {ap['n']} boxes" if ap["n"] else "no box to be found"))
 
 # %% ../nbs/21_cli.ipynb #c9ea3a4c
 def cmd_transfer(argv: list[str]):
