@@ -41,7 +41,8 @@ from torchvision.ops import box_iou, roi_align
 from .data import SUFFIXES, InputError, open_image, permutation, progress, random_bits, to_rgb, uniform, unreadable
 from .encoder import BACKBONES, Encoder, Normalize
 from .run import FORMAT, AtomicCheckpointIO, Run, atomic, device_name, load_checkpoint, make_record, tensors_hash, writing
-from .train import Diverged, Interrupted, StepLoader, _quiet, stop_signals
+from .ranks import Interrupted, stop_signals
+from .train import Diverged, _quiet
 
 # %% ../nbs/11_detect.ipynb #a021a643
 THRESHOLDS = tuple(t / 100 for t in range(50, 100, 5))
@@ -247,8 +248,15 @@ class PhotoBatches(torch.utils.data.Dataset):
         image, boxes = load_photo(photo, training_sides(self.image_size)[int(11 * size)], longest_side(self.image_size), flip < 0.5)
         return image, {"boxes": boxes, "labels": self.data.target(photo)["labels"]}
 
-class PhotoLoader(StepLoader):
+class PhotoLoader:
     "Yields the batches of steps `position` to `total - 1`, decoded by `workers` processes."
+    def __init__(self, batches: PhotoBatches, total: int, workers: int):
+        self.batches, self.total, self.workers, self.position = batches, total, workers, 0
+
+    def __len__(self) -> int: return self.total
+    def state_dict(self) -> dict: return {"position": self.position}
+    def load_state_dict(self, state: dict): self.position = state["position"]
+
     def __iter__(self):
         for batch in torch.utils.data.DataLoader(self.batches, batch_size=None, sampler=range(self.position, self.total), num_workers=self.workers, pin_memory=torch.cuda.is_available()):
             if isinstance(batch, InputError): raise batch
