@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .augment import ViewsConfig, apply_views, blur, crop, draw_views, grey, jitter_, random_views, reuse_memory, shift_hue_
+from .augment import ViewsConfig, blur, crop, draw_views, grey, jitter_, random_views, reuse_memory, shift_hue_
 from .data import CIFAR10_STATS, Split, normal, progress
 from .decoder import DecoderBlock
 from .encoder import Normalize, knn_scores

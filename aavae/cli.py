@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .data import DataConfig, InputError
-from .run import SECTIONS, TYPES, Config, Run, atomic, check_values, config_parser, make_config, parser_error, read_records, read_yaml, unknown
+from .run import SECTIONS, Config, Run, atomic, check_values, config_parser, make_config, parser_error, read_records, read_yaml, unknown
 from .train import PRESETS, preset, pretrain
 from .memory import OUT_OF_MEMORY
 from .ranks import Failed, Interrupted

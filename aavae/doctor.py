@@ -11,13 +11,11 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -134,7 +132,7 @@ def _files(data: ImageData, root: str) -> list[str]:
     kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in Counter(p.suffix.lower() for p in paths).most_common())
     lines = [f"files: {kinds}; " + (f"all {median}" if smallest == largest else f"from {smallest} to {largest}, median {median}")]
     others = Counter(p.suffix.lower() or p.name for p in walk(root) if p.suffix.lower() not in SUFFIXES)
-    return lines + ([f"passed over, as they are no images: " + ", ".join(f"{n:,} {kind}" for kind, n in others.most_common(8))] if others else [])
+    return lines + (["passed over, as they are no images: " + ", ".join(f"{n:,} {kind}" for kind, n in others.most_common(8))] if others else [])
 
 def _splits(data: ImageData) -> list[dict[str, str]]:
     "A row of the table for each split; `held` says whether its images are in memory or decoded from disk when needed."

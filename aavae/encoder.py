@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'encoder_dim', 'Encoder', 'Projection', 'Normalize', 'ImageEncoder', 'embed', 'knn_scores']
 
-# %% ../nbs/02_encoder.ipynb #199381b6
-import math
-
+# %% ../nbs/02_encoder.ipynb #95a1c20a
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

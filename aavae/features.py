@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .data import ImageData, InputError
+from .data import ImageData
 from .encoder import embed
 from .run import Run, atomic, tensors_hash
 

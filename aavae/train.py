@@ -317,6 +317,7 @@ RESUMABLE = {"train.max_epochs", "train.max_steps", "train.max_time", "train.sav
 def _existing(config: Config, out: Path, resume: bool, overwrite: bool) -> bool:
     "Whether `out` holds a run to go on with. Raises `InputError` where the folder and the wish do not fit."
     exists = (out / "config.yaml").is_file()
+    if other := writer(out): raise InputError(f"{out} is being written by {other}; wait until it ends, or stop it")
     if resume and overwrite: raise InputError("--resume and --overwrite exclude each other; choose one")
     if out.is_file() or (out.is_dir() and not exists and any(p.name[0] != "." for p in out.iterdir())): raise InputError(f"{out} is there and is no run; choose another --out")
     if resume and not exists: raise InputError(f"there is no run in {out} to resume; leave out --resume true to start one")
