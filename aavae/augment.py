@@ -80,11 +80,11 @@ def draw_views(config: ViewsConfig, seed: int, epoch: int, index: Tensor, size: 
     "Parameters of the views of images `index` in epoch `epoch`, on the device of `index`; a function of the arguments alone."
     u = uniform(seed, epoch, index, 0, 36)                                           # (n, 36) float64
     def spread(amount): return torch.tensor([max(0, 1 - amount), 1 + amount])
-    low, high = torch.stack([*[spread(0.8 * config.jitter)] * 3, 0.2 * config.jitter * torch.tensor([-1.0, 1.0])]).double().to(u.device).T
+    ranges = torch.stack([*[spread(0.8 * config.jitter)] * 3, 0.2 * config.jitter * torch.tensor([-1.0, 1.0])]).double().tolist()
     return Views(box=_draw_boxes(u[:, :22], size, config.crop_scale, config.crop_ratio),
                  flip=u[:, 22] < config.flip,
                  jitter=u[:, 23] < config.jitter_p, order=u[:, 24:28].argsort(1),
-                 factor=(low + (high - low) * u[:, 28:32]).float(),
+                 factor=torch.stack([low + (high - low) * u[:, 28 + k] for k, (low, high) in enumerate(ranges)], 1).float(),
                  grey=u[:, 32] < config.grey_p,
                  blur=u[:, 33] < config.blur_p, sigma=(0.1 + 1.9 * u[:, 34]).float())
 

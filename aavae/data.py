@@ -47,7 +47,7 @@ def _mix(x: Tensor) -> Tensor:
 def random_bits(seed: int, epoch: int, index: Tensor, draw: Tensor) -> Tensor:
     "64 random bits for each pair of an image `index` and a `draw`; the two broadcast. Returns int64."
     golden = -7046029254386353131                    # 0x9e3779b97f4a7c15
-    key = _mix(torch.tensor([seed * 2654435769 + epoch], device=index.device) * golden)
+    key = _mix(torch.tensor(seed * 2654435769 + epoch) * golden).item()                     # a number, so that nothing is copied to a GPU
     return _mix(_mix(_mix(key + index * golden) + draw * golden) + golden)
 
 # %% ../nbs/00_data.ipynb #1aa1659c
