@@ -29,13 +29,13 @@ def test_evaluations_store_records(aavae, whole):
             done = aavae("evaluate", task, whole.path, "--untrained", untrained)
             assert done.returncode == 0, done.stderr
     records = json.loads((whole.path / "results.json").read_text())
-    assert [(r["task"], r["untrained"]) for r in records] == [("linear", False), ("linear", True)] + [("knn", False)] * 2 + [("knn", True)] * 2
+    assert [(r["task"], r["metric"], r["untrained"]) for r in records] == [("linear", m, u) for u in (False, True) for m in ("top1", "top5")] + [("knn", "top1", False)] * 2 + [("knn", "top1", True)] * 2
     for r in records:
         assert r["eval"]["label"] == r["pretrain"]["label"] == "CIFAR-10 (JPEG q75)" and r["eval"]["split"] == "test" and r["eval"]["n"] == 100
         assert r["pretrain"]["views_seen"] == (0 if r["untrained"] else 8 * 15 * 32)
         assert 0 <= r["value"] <= 1 and len(r["provenance"]["config_sha256"]) == 64
     table = aavae("results", whole.path.parent, "--format", "csv").stdout.splitlines()
-    assert len(table) == 1 + len(records)
+    assert len(table) == 1 + 6                                   # top-1 and top-5 share a row
 
 
 def test_other_data(aavae, whole, test_data):
