@@ -159,7 +159,7 @@ def measure(record: dict) -> str:
     e, h, pretrained = record["eval"], record["eval"].get("hyperparameters") or {}, record["pretrain"]
     if "reading" in h: return h["reading"]                               # a name of its own, as in the demo
     return (TASKS.get(record["task"], record["task"]) + (f" k={h['k']}" if "k" in h else "")
-            + (" on views" if e.get("views") else "") + (f", {100 * e['fraction']:g}% of labels" if e.get("fraction", 1) != 1 else "")
+            + (" on views" if e.get("views") and record["task"] != "semi" else "") + (f", {100 * e['fraction']:g}% of labels" if e.get("fraction", 1) != 1 else "")
             + (f", {e['label']}" if e["dataset"] != pretrained["dataset"] else "") + (f", {e['split']}" if e["split"] not in ("test", "val") else ""))
 
 def accuracies(runs: dict[str, Run]) -> dict[str, dict[str, float]]:

@@ -217,9 +217,18 @@ def _flat(tree: dict, prefix: str = "") -> list[list[str]]:
     return [row for k, v in tree.items() for row in (_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else [[prefix + k, "–" if v is None else str(v)]])]
 
 def _records(runs: dict[str, Run]) -> str:
-    "Every record with all its fields, folded."
-    def summary(name, r): return f"{name}{', untrained' if r['untrained'] else ''}: {measure(r)}, {r['metric']} {r['value']:.4g} ({r['eval']['label']} {r['eval']['split']}, n = {r['eval']['n']:,})"
-    found = [_details(summary(name, r), html_table(["field", "value"], _flat(r), "All fields of this record")) for name, run in _readable(runs)[0].items() for r in run.records()]
+    "Every record with all its fields, folded; those of a run's milestones folded together."
+    def one(name, r):
+        when = "untrained" if r["untrained"] else f"after {r['pretrain']['epochs']:g} epochs"
+        summary = f"{name}, {when}: {measure(r)}, {r['metric']} {r['value']:.4g} ({r['eval']['label']} {r['eval']['split']}, n = {r['eval']['n']:,})"
+        return _details(summary, html_table(["field", "value"], _flat(r), "All fields of this record"))
+    found = []
+    for name, run in _readable(runs)[0].items():
+        records = run.records()
+        last = max((r["pretrain"]["epochs"] for r in records), default=0)
+        early = [r for r in records if not r["untrained"] and r["pretrain"]["epochs"] < last]
+        found += [one(name, r) for r in records if r not in early]
+        if early: found.append(_details(f"{name}: {len(early)} records of milestones", "".join(one(name, r) for r in early)))
     return _section("Records", *found) if found else ""
 
 # %% ../nbs/18_report.ipynb #44b4e747
@@ -269,7 +278,7 @@ td:not(.number) { min-width: 8rem; }
 .grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 2.5rem; }
 details { margin: 0.4rem 0; border: 1px solid var(--line); border-radius: 6px; background: var(--frame); }
 summary { padding: 0.55rem 0.9rem; cursor: pointer; overflow-wrap: anywhere; }
-details > .scroll, details > pre { margin: 0.5rem 0.9rem 0.9rem; }
+details > .scroll, details > pre, details > details { margin: 0.5rem 0.9rem 0.9rem; }
 details tbody th:first-child { min-width: 9rem; font-weight: 400; color: var(--quiet); }
 details tbody th, details td:not(.number) { white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }
 pre { overflow-x: auto; font: 0.9rem/1.45 ui-monospace, monospace; }
