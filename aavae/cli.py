@@ -136,9 +136,7 @@ def cmd_detect(argv: list[str]):
     run, options = Run.load(args.run), {p: getattr(args, p) for p in inspect.signature(detect).parameters if p not in ("run", "root", "workers", "show_progress")}
     records = detect(run, args.data.root, workers=args.data.workers, **options)
     if not records: return                            # a second process: the first one tells
-    rows = {}
-    for row in results_table(records): rows.setdefault(row["task"], row).update(row)
-    print(format_table(list(rows.values())))
+    print(format_table(results_table(records)))
     for name, ap in records[0]["details"]["per_class"].items():
         print(f"{name}: " + (f"AP {100 * ap['ap']:.2f}, AP50 {100 * ap['ap50']:.2f}, AP75 {100 * ap['ap75']:.2f} of {ap['n']} boxes" if ap["n"] else "no box to be found"))
 

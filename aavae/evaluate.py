@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LRS', 'RATES', 'TASKS', 'PAPER', 'FILTERS', 'Probe', 'top_k', 'cosine', 'drops', 'fit_probe', 'linear_probe',
-           'shifted', 'training_views', 'stratified', 'listed', 'fine_tune', 'details', 'knn', 'linear', 'semi',
-           'evaluate', 'paper_value', 'results_table', 'select', 'format_table']
+           'shifted', 'training_views', 'stratified', 'listed', 'fine_tune', 'details', 'top_records', 'knn', 'linear',
+           'semi', 'evaluate', 'paper_value', 'results_table', 'select', 'format_table']
 
 # %% ../nbs/09_evaluate.ipynb #11c94ae3
 import math
@@ -184,6 +184,11 @@ def details(scores: Tensor, y: Tensor, classes: list[str]) -> dict[str, Any]:
     found = {"per_class": {c: round(v, 4) for c, v in zip(classes, per_class)}}
     return found | ({"confusion": [" ".join(map(str, row)) for row in confusion.tolist()]} if n <= 100 else {})
 
+def top_records(run: Run, data: ImageData, task: str, scores: list[Tensor], y: Tensor, seeds: tuple[int, ...], split: str, hyperparameters: dict, started: float, *options, **named) -> list[dict[str, Any]]:
+    "Records of top-1, with `details` of the first seed, and of top-5 where there are more than five classes. `scores` holds `(n, classes)` for each seed; `options` are those of `make_record`."
+    record = lambda k: make_record(run, data, task, f"top{k}", [top_k(s, y, k) for s in scores], [*seeds], split, len(y), hyperparameters, started, *options, **named)
+    return [record(1) | {"details": details(scores[0], y, data.classes)}, *([record(5)] if len(data.classes) > 5 else [])]
+
 def knn(run: Run, data: ImageData, untrained: bool = False, epoch: int | None = None, ks: tuple[int, ...] = (20, 200), temperature: float = 0.07) -> list[dict[str, Any]]:
     "Records of the weighted kNN classifier (Wu et al., 2018), one for each k."
     if min(ks, default=0) < 1: raise InputError(f"--ks {list(ks)} needs numbers from 1; use '[20, 200]', the defaults")
@@ -215,9 +220,7 @@ def linear(run: Run, data: ImageData, untrained: bool = False, epoch: int | None
     hyperparameters = {"optimizer": "SGD, Nesterov 0.9, cosine", "epochs": max_epochs, "batch_size": batch_size, "lr": 0.1 * batch_size / 256 if lr is None else lr, "weight_decay": weight_decay, "standardize": standardize}
     hyperparameters |= {"max_steps": max_steps} if max_steps else {}
     hyperparameters |= {"lr_chosen_on": "val"} if tune else {}
-    record = lambda k: make_record(run, data, "linear", f"top{k}", probe.accuracy(test, k), list(seeds), split, len(test), hyperparameters, started, untrained, views, epoch)
-    first = record(1) | {"details": details(probe.scores(test.x.to(probe.weight.device))[0], test.y, data.classes)}
-    return [first, *([record(5)] if len(data.classes) > 5 else [])]
+    return top_records(run, data, "linear", [*probe.scores(test.x.to(probe.weight.device))], test.y, seeds, split, hyperparameters, started, untrained, views, epoch)
 
 RATES = {0.01: (0.02, 0.5), 0.1: (0.01, 0.2)}            # share of labels: learning rates of encoder and linear layer
 
@@ -236,8 +239,7 @@ def semi(run: Run, data: ImageData, fraction: float = 0.01, list_file: str | Non
         scores.append(embed(classifier, data.split(split), bf16=train.bf16, desc=f"testing on {data.name}/{split}").cpu())
     y = data.split(split).labels
     hyperparameters = {"optimizer": "SGD, momentum 0.9, x0.1 at 3/5 and 4/5", "epochs": max_epochs, "batch_size": batch_size, "lr": lr, "head_lr": head_lr, "labels": len(index)} | ({"max_steps": max_steps} if max_steps else {})
-    record = lambda k: make_record(run, data, "semi", f"top{k}", [top_k(s, y, k) for s in scores], [*seeds], split, len(y), hyperparameters, started, untrained, True, epoch, fraction=round(len(index) / len(whole), 6) if list_file else fraction)
-    return [record(1) | {"details": details(scores[0], y, data.classes)}, *([record(5)] if len(data.classes) > 5 else [])]
+    return top_records(run, data, "semi", scores, y, seeds, split, hyperparameters, started, untrained, True, epoch, fraction=round(len(index) / len(whole), 6) if list_file else fraction)
 
 # %% ../nbs/09_evaluate.ipynb #c5e046c9
 TASKS = {"knn": knn, "linear": linear, "semi": semi}

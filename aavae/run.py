@@ -479,7 +479,7 @@ def _lacks(record: Any) -> str | None:
         inner = record if not part else record[part]
         for name in names:
             if not isinstance(inner, dict) or name not in inner: return f"{part}.{name}".lstrip(".")
-    return next((name for name in ("value",) if not isinstance(record[name], (int, float))), None)
+    return None if isinstance(record["value"], (int, float)) else "value"
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     "The records of a `results.json`; none if there is no such file. Raises `InputError` if it is damaged."

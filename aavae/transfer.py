@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from .data import DataConfig, InputError, load_data
-from .evaluate import _labelled, _probe_on_views, details, drops, linear_probe
+from .evaluate import _labelled, _probe_on_views, drops, linear_probe, top_records
 from .features import frozen
-from .run import Run, make_record
+from .run import Run
 
 # %% ../nbs/10_transfer.ipynb #d2c2fc2b
 PLACES = drops(4 / 14, 8 / 14, 12 / 14)
@@ -37,8 +37,6 @@ def classify(run: Run, data: DataConfig, image_size: int | None = None, untraine
     test = features(split)
     hyperparameters = {"optimizer": "SGD, momentum 0.9, x0.1 after 4, 8 and 12 of 14 epochs", "epochs": max_epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
                        "standardize": standardize, "image_size": images.image_size} | ({"max_steps": max_steps} if max_steps else {})
-    record = lambda k: make_record(run, images, "classify", f"top{k}", probe.accuracy(test, k), [*seeds], split, len(test), hyperparameters, started, untrained, views, epoch)
-    first = record(1) | {"details": details(probe.scores(test.x.to(probe.weight.device))[0], test.y, images.classes)}
-    records = [first, *([record(5)] if len(images.classes) > 5 else [])]
+    records = top_records(run, images, "classify", [*probe.scores(test.x.to(probe.weight.device))], test.y, seeds, split, hyperparameters, started, untrained, views, epoch)
     run.add_records(records)
     return records
