@@ -224,8 +224,8 @@ def cmd_bench(argv: list[str]):
     if args.json:
         with atomic(args.json) as f: f.write((json.dumps(result, indent=1) + "\n").encode())
 
-# %% ../nbs/21_cli.ipynb #c7fd7c44
-STUDY = {"seeds": "one pretraining each, '[0, 1, 2]' say", "max_views": "budget of a run in views, instead of epochs", "max_minutes": "budget of a run in minutes of training, instead of epochs",
+# %% ../nbs/21_cli.ipynb #a88f7bff
+STUDY = {"seeds": "one pretraining each, '[0, 1, 2]' say", "only": "variants to do, '[vae, aavae]' say; by default all", "max_views": "budget of a run in views, instead of epochs", "max_minutes": "budget of a run in minutes of training, instead of epochs",
          "samples": "K of the density study's importance-weighted bound", "images": "images of which the density study estimates the likelihood, in each split", "classify_root": "folder of other images, for the transfer study",
          "detect_root": "folder in Pascal VOC's format, for the transfer study", "detect_steps": "steps of detection; by default the protocol's"}
 

@@ -163,6 +163,7 @@ def measure(run: Run, task: Task, out: Path, epoch: int | None = None):
 class Options:
     "What a study is asked to do."
     seeds: tuple[int, ...] = (0,)  # one pretraining each
+    only: tuple[str, ...] = ()  # variants to do, all if none is named
     max_views: int | None = None  # budget of a run in views, instead of epochs
     max_minutes: float | None = None  # budget of a run in minutes of training, instead of epochs
     samples: int = 128  # K of the importance-weighted bound of the density study
@@ -172,7 +173,7 @@ class Options:
     detect_steps: int | None = None  # steps of detection, instead of the protocol's
 
     def __post_init__(self):
-        self.seeds = tuple(self.seeds)
+        self.seeds, self.only = tuple(self.seeds), tuple(self.only)
         if not self.seeds: raise InputError("--seeds names no seed; use '[0]' or '[0, 1, 2]'")
         for name in ("max_views", "max_minutes", "samples", "images", "detect_steps"):
             if (v := getattr(self, name)) is not None and v <= 0: raise InputError(f"--{name} {v} is too small; use a number above 0")
@@ -204,9 +205,10 @@ def _milestones(config: Config, o: Options) -> list[int]:
 
 def plan(study: str, base: Config, o: Options) -> list[Job]:
     "The jobs of a study, seed by seed, so that a study that is stopped holds whole rows. Raises `InputError` if there is no such study."
-    jobs = []
+    jobs, every = [], variants(study, base)
+    if unknown := [n for n in o.only if n not in every]: raise InputError(f"--only {unknown[0]}: the study {study} has no such variant; it has {', '.join(every)}")
     for seed in o.seeds:
-        for name, changes in variants(study, base).items():
+        for name, changes in {n: every[n] for n in o.only or every}.items():
             config = make_config(changes | {"train.seed": seed}, base)
             train = replace(config.train, keep_at_epochs=_milestones(config, o))
             if o.max_views: train = replace(train, max_steps=max(1, o.max_views // train.batch_size), max_epochs=max(train.max_epochs, 10**6))
@@ -465,7 +467,7 @@ def write_study(name: str, jobs: list[Job], out: Path) -> Path:
     if not found: raise InputError(f"{out} holds no records of the study {name} yet; the runs failed or are being made elsewhere")
     p = found[0]["provenance"]
     budget = (f"Accuracies, AP and retrieval in per cent on the {found[0]['eval']['split']} split of {found[0]['eval']['label']}; mean ± standard deviation over pretraining seeds where there are several. "
-              f"Made on {p['device']} at commit {(p['commit'] or 'of a release')[:9]}, aavae {p['versions']['aavae']}, torch {p['versions']['torch']}.")
+              f"Made on {p['device']} at commit {p['commit'][:9] if p['commit'] else 'unknown'}, aavae {p['versions']['aavae']}, torch {p['versions']['torch']}.")
     text = "\n\n".join([f"# Study {name}", format_table(study_table(found), "md"), budget, *([] if not (said := findings(found)) else ["\n".join(f"- {s}" for s in said)])])
     with atomic(out / f"{name}.md") as f: f.write((text + "\n").encode())
     from aavae.figures import write_figure
