@@ -99,6 +99,7 @@ class Paths(Sequence):
 
     def __len__(self) -> int: return len(self.names)
     def __getitem__(self, i: int) -> Path: return Path(os.fsdecode(os.path.join(self.folder, self.names[i].item())))
+    def encoded(self) -> Iterator[bytes]: return (os.path.join(self.folder, name) for name in self.names)
     def take(self, index: Tensor) -> "Paths": return Paths(self.names[index.numpy()], os.fsdecode(self.folder))
 
 # %% ../nbs/00_data.ipynb #2b1114fb
@@ -256,9 +257,13 @@ class ImageData:
         part = self.split(split)
         h = hashlib.sha256(part.labels.numpy().tobytes())
         if part.images is not None: h.update(part.images.cpu().contiguous().numpy())
-        for p in part.paths if part.images is None else []: h.update(f"{p.name}:{p.stat().st_size if p.exists() else None};".encode(errors="surrogateescape"))
+        for p in part.paths.encoded() if part.images is None else (): h.update(b"%s:%s;" % (os.path.basename(p), _file_size(p)))
         self._fingerprints[split] = h.hexdigest()
         return self._fingerprints[split]
+
+def _file_size(path: bytes) -> bytes:
+    try: return b"%d" % os.stat(path).st_size
+    except OSError: return b"None"
 
 # %% ../nbs/00_data.ipynb #696e1ccb
 LABELS = {"digits": "digits (scikit-learn)", "cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG q75)", "stl10": "STL-10", "imagenet": "ImageNet",

@@ -1,15 +1,15 @@
 "STL-10 and ImageNet from pretraining to evaluation and resume, on small files in exactly the formats that torchvision reads, and on real photographs."
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_resume import assert_same_run
+from test_resume import assert_same_run, same
 
 from aavae import Run
 from aavae.data import DataConfig, load_data
+from aavae.run import load_checkpoint
 
 SMALL = ["--model.encoder", "resnet18", "--model.decoder", "resnet18", "--model.width", "0.125", "--train.batch_size", "8", "--train.warmup_epochs", "1", "--train.accelerator", "cpu"]
 
@@ -58,20 +58,14 @@ def test_stl10(quick_aavae, stl10, tmp_path):
     data = run.data()
     assert (data.pretrain_split, len(data.split("unlabelled")), len(data.split("train")), data.image_size, data.split("train").resize) == ("unlabelled", 48, 36, 96, 105)
     assert run.facts["views_seen"] == 12 * 8 and run.facts["epochs"] == 2 and run.facts["mean"] == [0.43, 0.42, 0.39]
-    assert [v is not None for v in run.metrics()["knn_top1"] if v is not None] == [True, True]
+    assert len([v for v in run.metrics()["knn_top1"] if v is not None]) == 2
     for task in (["linear", "--max_epochs", "3"], ["linear", "--views", "true", "--max_epochs", "1"], ["knn"], ["semi", "--fraction", "0.5", "--max_epochs", "1"]): done(quick_aavae("evaluate", task[0], tmp_path / "whole", *task[1:]))
     records = run.records()
     assert {(r["task"], r["eval"]["split"], r["eval"]["n"], r["eval"]["dataset"]) for r in records} == {(t, "test", 20, "stl10-part") for t in ("linear", "knn", "semi")}
     done(quick_aavae(*line, "--train.max_steps", "5", "--out", tmp_path / "again"))
     done(quick_aavae(*line, "--train.max_steps", "12", "--out", tmp_path / "again", "--resume", "true"))
-    for part in ("state_dict", "optimizer_states"): assert_same_weights(tmp_path / "whole", tmp_path / "again", part)
-
-
-def assert_same_weights(a: Path, b: Path, part: str):
-    from test_resume import same
-    from aavae.run import load_checkpoint
-    x, y = (load_checkpoint(p / "checkpoints" / "last.ckpt") for p in (a, b))
-    assert same(x[part], y[part]), part
+    a, b = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "again"))
+    for part in ("state_dict", "optimizer_states"): assert same(a[part], b[part]), part
 
 
 @pytest.mark.parametrize("objective", ["aavae", "ae"])
