@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'STUDY', 'COMMANDS', 'field_help', 'new_parser', 'parse', 'base_config', 'add_preset', 'read_config',
            'cmd_pretrain', 'read_call', 'show', 'cmd_evaluate', 'cmd_transfer', 'cmd_detect', 'cmd_data', 'cmd_doctor',
-           'cmd_results', 'cmd_report', 'cmd_demo', 'cmd_bench', 'cmd_study', 'usage', 'run_command', 'main']
+           'cmd_results', 'cmd_report', 'cmd_demo', 'cmd_bench', 'cmd_study', 'cmd_embed', 'cmd_export', 'usage',
+           'run_command', 'main']
 
 # %% ../nbs/21_cli.ipynb #439d913d
 import inspect
@@ -32,7 +33,7 @@ def field_help() -> dict[str, str]:
         for name, text in re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M): found[f"{section}.{name}"] = text
     return found
 
-OPTIONS = {"untrained": "measure the same network with its initial weights", "epoch": "use the encoder kept at this epoch", "views": "train on random views of the images, not on cached features",
+OPTIONS = {"untrained": "use the same network with its initial weights", "epoch": "use the encoder kept at this epoch", "views": "train on random views of the images, not on cached features",
            "seeds": "one repetition each, '[0, 1, 2]' say", "tune": "choose the learning rate on the validation split", "max_epochs": "passes over the training images", "max_steps": "stop after this many steps, if that is sooner",
            "batch_size": "images per step", "lr": "learning rate; by default the protocol's", "head_lr": "learning rate of the linear layer; by default the protocol's", "weight_decay": "of the optimiser",
            "standardize": "give features zero mean and unit variance first", "ks": "numbers of neighbours", "temperature": "of the neighbours' weights", "fraction": "share of the labels",
@@ -251,6 +252,37 @@ def cmd_study(argv: list[str]):
     if args.dry_run: return print(dry_run(name, config, args.out, options))
     path = study(name, config, args.out, options, args.retry, args.executor, args.jobs, args.slurm)
     print(path.read_text().rstrip(), f"\n\nThe figure: {path.with_suffix('.html')}")
+
+# %% ../nbs/21_cli.ipynb #7c04dd19
+def cmd_embed(argv: list[str]):
+    "Writes the embedding of every image below a folder, as parquet or npz."
+    from aavae.export import embed_folder
+    parser = new_parser("embed", "Write path and embedding of every image below a folder. Stopped or killed, the same command goes on where it was.")
+    parser.add_argument("dir", type=str, help="folder of images, of any size; all folders below it are searched")
+    parser.add_argument("--run", type=str, required=True, help="folder of the run whose encoder is used")
+    parser.add_argument("-o", "--out", type=str, required=True, help="the table: FILE.parquet or FILE.npz")
+    parser.add_function_arguments(embed_folder, skip={"run", "folder", "out", "show_progress"})
+    args = parse(parser, argv)
+    about = embed_folder(Run.load(args.run), args.dir, args.out, args.untrained, args.epoch, args.batch_size)
+    print(f"{args.out}: path (below {about['folder']}) and embedding ({about['dim']} numbers) of {about['n']:,} images")
+    if about["skipped"]: print(f"{about['skipped']:,} unreadable files are listed in {args.out}.skipped.txt")
+    if about["other_files"]: print("left out, no image by its suffix: " + ", ".join(f"{n:,} {kind or 'without suffix'}" for kind, n in about["other_files"].items()))
+
+def cmd_export(argv: list[str]):
+    "Writes a run's encoder for torchvision, timm, ONNX or aavae, with a model card."
+    from aavae.export import FILES, TOLERANCE, check_token, export_encoder, push_to_hub
+    parser = new_parser("export", "Write a run's encoder for another library, with a model card that says how it is loaded. It is loaded so, and compared with the run's.")
+    parser.add_argument("run", type=str, help="folder of the run")
+    parser.add_argument("--format", type=str, required=True, help=", ".join(FILES))
+    parser.add_argument("-o", "--out", type=str, default=None, help="folder for encoder and card, or a file (default: RUN/export/FORMAT)")
+    parser.add_argument("--epoch", type=int | None, default=None)
+    parser.add_argument("--push", type=str, default=None, help="USER/NAME: upload it to this repository of the Hugging Face Hub")
+    args = parse(parser, argv)
+    if args.push: check_token(args.push)
+    files, error = export_encoder(Run.load(args.run), args.format, args.out, args.epoch, args.push)
+    print("\n".join(map(str, files)))
+    print(f"reloaded as the card says, it gives the same features (relative error {error:.0e}, {TOLERANCE:.0e} is allowed)")
+    if args.push: print(f"pushed to {push_to_hub(files, args.push)}")
 
 # %% ../nbs/21_cli.ipynb #47c0a0ad
 COMMANDS = {name[4:]: function for name, function in list(globals().items()) if name.startswith("cmd_")}

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import torch
 import yaml
@@ -40,6 +40,7 @@ from .data import DataConfig, ImageData, InputError, load_data
 from .encoder import ImageEncoder
 from .loss import ObjectiveConfig
 from .model import AAVAE, ModelConfig, build_model
+if TYPE_CHECKING: from aavae.features import Features
 
 # %% ../nbs/06_run.ipynb #a86dd8ab
 @dataclass
@@ -417,7 +418,7 @@ class Run:
         try: return {k: [float(r[k]) if r[k] else None for r in rows] for k in (rows[0] if rows else {})}
         except (ValueError, TypeError, KeyError) as e: raise InputError(f"{path} has a damaged line ({e}); delete that line") from e
 
-    def features(self, split: str = "test", **options):
+    def features(self, split: str = "test", **options) -> "Features":
         "`Features(x, y)` that the frozen encoder gives for a split, cached in the run; see `aavae.features.run_features`."
         from aavae.features import run_features
         return run_features(self, split, **options)
@@ -429,7 +430,7 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]: return read_records(self.path / "results.json")
 
-    def add_records(self, records: list[dict[str, Any]]):
+    def add_records(self, records: list[dict[str, Any]]) -> None:
         "Appends to `results.json`. A record that measures the same thing as an earlier one takes its place."
         same = lambda r: [r.get(k) for k in ("task", "metric", "untrained", "pretrain", "eval")]
         with locked(self.path):

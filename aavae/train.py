@@ -339,7 +339,7 @@ def _existing(config: Config, out: Path, resume: bool, overwrite: bool) -> bool:
 def _clear(out: Path):
     "Removes what a run consists of, and nothing else."
     for name in ("config.yaml", "metrics.csv", "encoder.safetensors", "results.json", "report.html", "skipped.txt"): (out / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "features", "tensorboard"): rmtree(out / name, ignore_errors=True)
+    for name in ("checkpoints", "features", "tensorboard", "export"): rmtree(out / name, ignore_errors=True)
 
 # %% ../nbs/07_train.ipynb #2143b6bc
 def pretrain(config: Config, out: str | Path, resume: bool = False, overwrite: bool = False, show_progress: bool = True) -> Run:

@@ -211,6 +211,21 @@ case("Runs", "records that are no JSON")(lambda p: ((p.run / "results.json").wri
 case("Runs", "a record without a field that it needs")(lambda p: ((p.run / "results.json").write_text('[{"task": "knn"}]'), ["results", p.run])[1])
 case("Runs", "a disk that is full", disk=True)(lambda p: p.pretrain("--out", p.disk / "run"))
 
+# ---- embeddings and exports
+case("Embeddings and exports", "an embedding without a run")(lambda p: ["embed", p.photos, "-o", p.tmp / "t.npz"])
+case("Embeddings and exports", "a folder to embed that is not there")(lambda p: ["embed", p.tmp / "none", "--run", p.run, "-o", p.tmp / "t.npz"])
+case("Embeddings and exports", "a folder without images to embed")(lambda p: ((p.tmp / "no").mkdir(), ["embed", p.tmp / "no", "--run", p.run, "-o", p.tmp / "t.npz"])[1])
+case("Embeddings and exports", "a table of another kind")(lambda p: ["embed", p.photos, "--run", p.run, "-o", p.tmp / "t.csv"])
+case("Embeddings and exports", "a table that is there and holds something else")(lambda p: ((p.tmp / "t.npz").write_bytes(b"x"), ["embed", p.photos, "--run", p.run, "-o", p.tmp / "t.npz"])[1])
+case("Embeddings and exports", "a table in a folder that cannot be written")(lambda p: ["embed", p.photos, "--run", p.run, "-o", "/proc/t.npz"])
+case("Embeddings and exports", "a batch of no images")(lambda p: ["embed", p.photos, "--run", p.run, "-o", p.tmp / "t.npz", "--batch_size", "0"])
+case("Embeddings and exports", "no image that can be read")(lambda p: (shutil.rmtree(p.photos), p.photos.mkdir(), (p.photos / "a.png").touch(), ["embed", p.photos, "--run", p.run, "-o", p.tmp / "t.npz"])[3])
+case("Embeddings and exports", "a format that there is not")(lambda p: ["export", p.run, "--format", "tensorflow"])
+case("Embeddings and exports", "an architecture that torchvision has not")(lambda p: ["export", p.run, "--format", "torchvision"])
+case("Embeddings and exports", "a README.md of somebody else")(lambda p: ((p.tmp / "README.md").write_text("mine"), ["export", p.run, "--format", "safetensors", "-o", p.tmp])[1])
+case("Embeddings and exports", "a folder for the export that cannot be written")(lambda p: ["export", p.run, "--format", "safetensors", "-o", "/proc/new"])
+case("Embeddings and exports", "a name that cannot be on the Hub")(lambda p: ["export", p.run, "--format", "safetensors", "--push", "mine"])
+
 
 def bomb() -> bytes:
     "A PNG of a few bytes that claims to be 20,000 pixels wide and high."
