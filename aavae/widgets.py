@@ -214,7 +214,7 @@ class AugmentationPlayground(Explorer):
     "One image and a grid of its views, with a control for every parameter of the recipe. `source`: a run, its folder, a data set, one image; by default the digits."
     def __init__(self, source=None):
         super().__init__()
-        self.picture, self.yaml, self.images = W.HTML(), W.Textarea(layout=W.Layout(width="100%", height="190px")), None
+        self.picture, self.yaml, self.images = W.HTML(), W.Textarea(layout=W.Layout(width="calc(100% - 8px)", height="190px")), None
         with self.told():
             data, views = source_of(source)
             self.images = data if isinstance(data, Split) else data.split(data.eval_split if {"test", "val"} & set(data.splits) else "train")
@@ -224,7 +224,7 @@ class AugmentationPlayground(Explorer):
             self.recipe.observe(lambda change: self.set(recipes[change["new"]]), "value")
             of_views = self.add(**view_controls(views, image_size))
             others = self.add(image=slider(W.IntSlider, "image", 0, 0, len(self.images) - 1), views=slider(W.IntSlider, "views", 24, 1, 60), seed=slider(W.IntSlider, "seed", 0, 0, 99))
-            side = W.VBox([W.HTML("for a configuration file:"), self.yaml], layout=W.Layout(flex="1 1 260px", min_width="260px"))
+            side = W.VBox([W.HTML("for a configuration file:"), self.yaml], layout=W.Layout(flex="1 1 300px", min_width="260px"))
             self.box.children = [self.message, panel([*others, self.recipe]), panel(of_views),
                                  W.HBox([W.Box([self.picture], layout=W.Layout(flex="3 1 480px")), side], layout=W.Layout(flex_flow="row wrap", grid_gap="12px", margin="8px 0 0 0"))]
             self.update()
