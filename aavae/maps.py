@@ -17,6 +17,7 @@ import ipywidgets as W
 import plotly.graph_objects as go
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .augment import random_views
 from .data import InputError, permutation
@@ -25,7 +26,7 @@ from .loss import posterior_std
 from .plots import COLOURS, cosine_matrices, style
 from .run import Run
 from .similarity import Similarity, cosines, view_numbers
-from .widgets import RunExplorer, choice, panel, picture, slider
+from .widgets import RunExplorer, choice, live, panel, picture, slider
 
 # %% ../nbs/19b_maps.ipynb #10dbcd0b
 class ViewFeatures:
@@ -114,17 +115,17 @@ class SimilarityExplorer(RunExplorer):
         self.shown = self.similarities()
         fig = self.matrices(self.shown)
         if self.figure is None:
-            self.figure = go.FigureWidget(fig)
-            self.plot.children = [self.figure]
+            self.figure, box = live(fig)
+            self.plot.children = [box]
             for trace in self.figure.data: trace.on_click(self.click)
         else:
             with self.figure.batch_update():
                 for old, new in zip(self.figure.data, fig.data): old.update(x=new.x, y=new.y, z=new.z)
-                self.figure.layout.update(fig.to_plotly_json()["layout"])
+                self.figure.layout.update({k: v for k, v in fig.to_plotly_json()["layout"].items() if k[1:5] == "axis" or k == "annotations"})
         self.numbers.value = table({name: s.numbers for name, s in self.shown.items()}, NUMBERS)
         self.show_pair()
 
-    def matrices(self, shown: dict[str, Similarity]) -> go.Figure: return cosine_matrices(shown, self["raw"], height=420).update_yaxes(constraintoward="top")
+    def matrices(self, shown: dict[str, Similarity]) -> go.Figure: return cosine_matrices(shown, self["raw"], height=400).update_yaxes(constraintoward="top").update_coloraxes(colorbar=dict(len=0.85, y=1, yanchor="top"))
 
     def click(self, trace, points, _):
         "The cell that was clicked."
@@ -223,10 +224,10 @@ class EmbeddingMap(RunExplorer):
         if key not in self.maps: return self.start(key)
         points, *titles = self.maps[key]
         if self.figure is None:
-            self.figure = go.FigureWidget(embedding_map(points, self.labels, self.data.classes, titles).update_layout(autosize=True))
+            self.figure, box = live(embedding_map(points, self.labels, self.data.classes, titles))
             trace = self.figure.data[0]
             trace.on_hover(lambda _, points, state: self.hover(points.point_inds)); trace.on_selection(lambda _, points, state: self.select(points.point_inds)); trace.on_deselect(lambda *_: self.select([]))
-            self.plot.children = [self.figure]
+            self.plot.children = [box]
             self.hover([0])
         elif key != self.drawn:
             with self.figure.batch_update():
@@ -255,17 +256,21 @@ class EmbeddingMap(RunExplorer):
             if points: self.hovered.value = picture([(f"{self.class_of(points[0])}, image {self.index[points[0]]}", self.pictures(points[:1]), [])], tile=96)
 
     def select(self, points: list[int]):
-        "Shows the selected images, at most 48, and how many there are of each class."
+        "Shows the selected images, at most 64, and how many there are of each class."
         with self.told():
             self.chosen = list(points)
             count = torch.bincount(self.labels[self.chosen].clamp(min=0), minlength=len(self.data.classes) or 1)
-            top = ", ".join(f"{n} {self.data.classes[k]}" for n, k in sorted(((int(n), k) for k, n in enumerate(count)), reverse=True)[:5] if n) if self.data.classes else ""
+            top = ", ".join(f"{self.data.classes[k]} ({n})" for n, k in sorted(((int(n), k) for k, n in enumerate(count)), reverse=True)[:5] if n) if self.data.classes else ""
             text = f"<b>{len(points):,} selected</b>: {escape(top)}" if points else "A lasso or a box selects points; their images appear here."
-            rows = [("", self.pictures(self.chosen[6 * i:6 * i + 6]), []) for i in range(min(8, -(-len(points) // 6)))]
-            self.selected.value = f'<div style="color:var(--jp-ui-font-color1,inherit);font-size:13px;line-height:1.5">{text}</div>' + picture(rows, tile=40)
+            rows = [("", self.pictures(self.chosen[8 * i:8 * i + 8], 32), []) for i in range(min(8, -(-len(points) // 8)))]
+            self.selected.value = f'<div style="color:var(--jp-ui-font-color1,inherit);font-size:13px;line-height:1.5">{text}</div>' + picture(rows, tile=32)
 
     def class_of(self, point: int) -> str: return self.data.classes[y] if (y := int(self.labels[point])) >= 0 else "no class"
-    def pictures(self, points: list[int]) -> Tensor: return self.images.images_at(self.index[list(points)]).cpu() / 255
+
+    def pictures(self, points: list[int], most: int = 256) -> Tensor:
+        "Images `(n, 3, s, s)` in [0, 1], `most` pixels wide at most."
+        x = self.images.images_at(self.index[list(points)]).cpu() / 255
+        return x if x.shape[-1] <= most else F.interpolate(x, size=most, mode="bilinear", antialias=True)
 
     def static(self) -> dict:
         if not self.runs: return {}

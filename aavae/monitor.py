@@ -25,7 +25,7 @@ from .data import InputError
 from .plots import COLOURS, _column, reconstructions, style
 from .run import Config, Run, atomic, writer
 from .train import COLUMNS, PRESETS
-from .widgets import Explorer, Process, choice, panel, picture
+from .widgets import Explorer, Process, choice, live, panel, picture
 
 # %% ../nbs/19c_monitor.ipynb #2ef4cc0f
 class Tail:
@@ -104,9 +104,8 @@ class TrainingMonitor(Explorer):
         self.controls["out"].observe(lambda _: self.attach(), "value")
         if config is not None: self.controls["preset"].disabled = True
         self.state, self.pictures = W.HTML(layout=W.Layout(flex="1 1 auto")), W.HTML()
-        self.figure = go.FigureWidget(monitor_figure({name: ([], [], []) for name in PANELS}))
-        self.figure._config = self.figure._config | {"responsive": True}
-        self.box.children = [panel(list(self.controls.values())), W.HBox([*self.buttons.values(), self.state], layout=W.Layout(grid_gap="6px", align_items="center")), self.message, self.figure, self.pictures]
+        self.figure, plot = live(monitor_figure({name: ([], [], []) for name in PANELS}))
+        self.box.children = [panel(list(self.controls.values())), W.HBox([*self.buttons.values(), self.state], layout=W.Layout(grid_gap="6px", align_items="center")), self.message, plot, self.pictures]
         self.attach()
         if not os.environ.get("IN_TEST"): threading.Thread(target=self._watch, daemon=True).start()
 
