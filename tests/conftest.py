@@ -19,13 +19,14 @@ def pytest_configure(config):
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
+    parser.addoption("--rehearse", action="store_true", help="run the tests for a GPU on the CPU, to see that they work")
     parser.addoption("--write-errors", action="store_true", help="write nbs/errors.ipynb anew from what the command line answers")
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"): item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
-        if "cuda" in item.keywords and not torch.cuda.is_available(): item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "cuda" in item.keywords and not torch.cuda.is_available() and not config.getoption("--rehearse"): item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session")

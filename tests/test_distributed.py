@@ -125,33 +125,3 @@ def test_errors_of_ranks_are_raised_once(tmp_path):
     with pytest.raises(InputError, match="larger than the 1294"): pretrain(preset("digits", **small, train__batch_size=5000), tmp_path / "large", show_progress=False)
     with pytest.raises(InputError, match="does not split into 2 equal parts"): preset("digits", **small, train__batch_size=63)
     with pytest.raises(InputError, match="torchrun or SLURM"): pretrain(preset("digits", **small, train__nodes=2), tmp_path / "none")
-
-
-def sync_rank(rank: int, port: int, out: str):
-    "One of two ranks on one card: DDP and SyncBatchNorm over gloo, a step on its half of 32 digits."
-    from torch import distributed as dist
-    from aavae.data import load_data
-    from aavae.model import build_model
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    config, world = preset("digits"), 2 if rank >= 0 else 1
-    data = load_data(config.data)
-    index = torch.arange(32).cuda() if world == 1 else torch.arange(16 * rank, 16 * rank + 16).cuda()
-    model = build_model(config.model, config.objective, config.views, 16, data.mean, data.std).cuda()
-    net = model
-    if world == 2:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model.forward = lambda *a: model.training_step(*a)["loss"]
-        net = torch.nn.parallel.DistributedDataParallel(model, device_ids=[0])
-    loss = net((data.split("train").images_at(index.cpu()).cuda(), index, 0)) if world == 2 else model.training_step((data.split("train").images_at(index.cpu()).cuda(), index, 0))["loss"]
-    loss.backward()
-    torch.save(torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]), f"{out}{rank}.pt")
-
-
-@pytest.mark.cuda
-def test_sync_batchnorm_on_one_card(tmp_path):
-    "Two ranks with SyncBatchNorm at half the batch have the gradients of one, in float32 within 1e-4."
-    sync_rank(-1, 0, str(tmp_path / "g"))
-    torch.multiprocessing.spawn(sync_rank, (free_port(), str(tmp_path / "g")), nprocs=2)
-    one, *two = (torch.load(tmp_path / f"g{rank}.pt") for rank in (-1, 0, 1))
-    for g in two: assert (g - one).norm() < 1e-4 * one.norm()

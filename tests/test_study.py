@@ -1,0 +1,80 @@
+"A study that is killed, started again, and spread over processes."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FLAGS = ["--preset", "digits", "--max_views", "1920", "--only", "[aavae, beta0.1, beta1]", "--train.knn_every_n_epochs", "0", "--train.save_every_n_steps", "5", "--train.accelerator", "cpu"]
+
+
+def values(out: Path) -> dict:
+    "Every value of a study by what it is."
+    return {(p.parent.name, r["task"], r["metric"], r["untrained"], r["pretrain"]["views_seen"], str(r["eval"]["hyperparameters"])): r["value"]
+            for p in sorted((out / "runs").glob("*/results.json")) for r in json.loads(p.read_text())}
+
+
+@pytest.fixture(scope="module")
+def whole(quick_aavae, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "whole"
+    done = quick_aavae("study", "beta", *FLAGS, "--out", out, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_table_and_figure(whole):
+    table = (whole / "beta.md").read_text()
+    assert all(name in table for name in ("untrained", "aavae", "beta0.1", "beta1", "1,920", "active dimensions"))
+    assert (whole / "beta.html").stat().st_size > 10**6
+
+
+def test_killed_anywhere(whole, quick_aavae, tmp_path):
+    "Killed three times at different moments, a study ends with the values of one that was not, and makes no finished run again."
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", "import sys, torch; torch.set_num_threads(1); from aavae.cli import main; sys.exit(main())", "study", "beta", *FLAGS, "--out", str(out)]
+    runs = ["aavae-seed0", "beta0.1-seed0", "beta1-seed0"]
+    moments = [lambda: (out / "runs" / runs[0] / "checkpoints" / "last.ckpt").exists(),                      # in the first run
+               lambda: "linear" in str(json.loads((out / "runs" / runs[1] / "study.json").read_text())),        # between measurements of the second
+               lambda: (out / "runs" / runs[2] / "encoder.safetensors").exists()]                            # in the third
+    for moment in moments:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        until = time.time() + 300
+        while process.poll() is None and time.time() < until:
+            try:
+                if moment(): break
+            except (OSError, ValueError): pass
+            time.sleep(0.02)
+        if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finished = {p: p.stat().st_mtime_ns for r in runs[:2] for p in (out / "runs" / r).glob("*.safetensors")}
+    last = quick_aavae("study", "beta", *FLAGS, "--out", out, timeout=400)
+    assert last.returncode == 0, last.stderr
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished
+    assert values(out) == values(whole)
+
+
+def test_ctrl_c(quick_aavae, tmp_path):
+    "SIGTERM in the middle of a run: saved, exit 143, and the study says where it is."
+    out = tmp_path / "stopped"
+    flags = [f if f != "1920" else "640000" for f in FLAGS]
+    process = subprocess.Popen([sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())", "study", "beta", *flags, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until = time.time() + 200
+    while not (out / "runs" / "aavae-seed0" / "checkpoints" / "last.ckpt").exists() and process.poll() is None and time.time() < until: time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert "Traceback" not in process.stderr.read()
+    shown = quick_aavae("study", "beta", *flags, "--out", out, "--dry_run", "true")
+    assert shown.returncode == 0 and "at epoch" in shown.stdout and shown.stdout.count("to do") == 2, shown.stdout
+
+
+def test_spread(whole, quick_aavae, tmp_path):
+    "Two processes side by side, through submitit, end with the same values."
+    pytest.importorskip("submitit")
+    out = tmp_path / "spread"
+    done = quick_aavae("study", "beta", *FLAGS, "--out", out, "--executor", "local", "--jobs", "2", timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert values(out) == values(whole)
