@@ -19,7 +19,7 @@ setup(
     license='Apache-2.0', license_files=['LICENSE'], keywords=cfg['keywords'].split(),
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
                  f"Programming Language :: Python :: {cfg['min_python']}"],
-    packages=find_packages(include=['aavae', 'aavae.*']), python_requires='>=' + cfg['min_python'],
+    packages=find_packages(include=['aavae', 'aavae.*']), package_data={'aavae': ['py.typed']}, python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['aavae=aavae._modidx:d']},
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'ViewsConfig', 'Views', 'draw_views', 'crop', 'blur', 'grey', 'shift_hue_', 'adjust_', 'jitter_',
-           'apply_views', 'random_views', 'reuse_memory']
+           'apply_views', 'flip', 'random_views', 'view_pairs', 'split_views', 'reuse_memory']
 
 # %% ../nbs/01_augment.ipynb #130ddc6f
 import ctypes
@@ -12,9 +12,10 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from .data import InputError, uniform
+from .data import InputError, Split, centre, in_parallel, pixels, read_image, uniform
 
 # %% ../nbs/01_augment.ipynb #7c34bec7
 @dataclass
@@ -184,22 +185,22 @@ def jitter_(x: Tensor, views: Views) -> Tensor:
     for step, stop in enumerate((first, second, third), 1): _mix_(y[:stop], shares[:, :stop, step])
     return torch.index_select(y, 0, sort.argsort(), out=x)
 
-# %% ../nbs/01_augment.ipynb #10b74f2f
+# %% ../nbs/01_augment.ipynb #6f92a438
 @torch.no_grad()
-def apply_views(x: Tensor, views: Views, config: ViewsConfig) -> Tensor:
-    "The views of images `x (n, 3, h, w)`, 8-bit or float in [0, 1]: float32 `(n, 3, h, w)` in [0, 1], under autocast too."
+def apply_views(x: Tensor, views: Views, config: ViewsConfig, cropped: bool = False) -> Tensor:
+    "The views of images `x (n, 3, h, w)`, 8-bit or float in [0, 1], or of crops of them if they are `cropped`: float32 `(n, 3, h, w)` in [0, 1], under autocast too."
     chunk = len(x) if x.is_cuda else max(1, CHUNK // x.shape[1:].numel())
     with torch.autocast(x.device.type, enabled=False):
-        if len(x) <= chunk: return _apply_views(x, views, config)
+        if len(x) <= chunk: return _apply_views(x, views, config, cropped)
         out = torch.empty(x.shape, device=x.device)
-        for i in range(0, len(x), chunk): out[i:i + chunk] = _apply_views(x[i:i + chunk], views[i:i + chunk], config)
+        for i in range(0, len(x), chunk): out[i:i + chunk] = _apply_views(x[i:i + chunk], views[i:i + chunk], config, cropped)
         return out
 
 CHUNK = 2**18 + 2**17                                # numbers in a chunk: 128 images of 32x32, 1.5 MB
 
-def _apply_views(x: Tensor, views: Views, config: ViewsConfig) -> Tensor:
+def _apply_views(x: Tensor, views: Views, config: ViewsConfig, cropped: bool) -> Tensor:
     size = x.shape[-2:]
-    x = crop(x, views.box, views.flip, size)
+    x = flip(x, views.flip) if cropped else crop(x, views.box, views.flip, size)
     if config.jitter and config.jitter_p: x = jitter_(x, views)
     if config.grey_p: x = _where_(x, views.grey, lambda x, rows: x.copy_(grey(x).expand_as(x)))
     if config.blur_p:
@@ -207,9 +208,39 @@ def _apply_views(x: Tensor, views: Views, config: ViewsConfig) -> Tensor:
         x = _where_(x, views.blur, lambda x, rows: blur(x, views.sigma[rows], kernel))
     return x
 
-def random_views(x: Tensor, config: ViewsConfig, seed: int, epoch: int, index: Tensor) -> Tensor:
-    "One random view of each image: draws and applies; `x (n, 3, h, w)`, `index (n,)` on the same device."
-    return apply_views(x, draw_views(config, seed, epoch, index, x.shape[-2:]), config)
+def flip(x: Tensor, flipped: Tensor) -> Tensor:
+    "Images `(n, 3, h, w)`, 8-bit or float in [0, 1], mirrored where `flipped (n,)`; float32 in [0, 1]."
+    x = x.float().div_(255) if x.dtype == torch.uint8 else x
+    return torch.where(flipped[:, None, None, None], x.flip(3), x)
+
+def random_views(x: Tensor, config: ViewsConfig, seed: int, epoch: int, index: Tensor, cropped: bool = False) -> Tensor:
+    "One random view of each image, or of each crop if they are `cropped`: draws and applies; `x (n, 3, h, w)`, `index (n,)` on the same device."
+    return apply_views(x, draw_views(config, seed, epoch, index, x.shape[-2:]), config, cropped)
+
+# %% ../nbs/01_augment.ipynb #f1c12207
+@torch.no_grad()
+def view_pairs(split: Split, index: Tensor, config: ViewsConfig, seed: int, epoch: int) -> Tensor:
+    "Targets and crops for the views of the images `index (n,)` of a split with `resize`: 8-bit `(n, 2, 3, s, s)`, on the device where its images live."
+    u, size = uniform(seed, epoch, index, 0, 22), split.image_size
+    boxes = lambda rows, shape: _draw_boxes(u[rows], shape, config.crop_scale, config.crop_ratio)
+    if split.images is None: return torch.stack(in_parallel(lambda k: _pair(split, index[k].item(), lambda shape: boxes(slice(k, k + 1), shape)[0].tolist()), range(len(index))))
+    whole = split.images[index]
+    crops = crop(whole, boxes(slice(None), whole.shape[-2:]), torch.zeros_like(index, dtype=torch.bool), (size, size))
+    return torch.stack([split.images_at(index), crops.mul_(255).round_().clamp_(0, 255).to(torch.uint8)], 1)
+
+def _pair(split: Split, i: int, box) -> Tensor:
+    "Target and crop of one photograph, which is decoded once: 8-bit `(2, 3, s, s)`."
+    image, size = read_image(split.paths[i]), split.image_size
+    top, left, height, width = box(image.size[::-1])
+    part = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
+    return torch.stack([centre(image, size, split.resize), pixels(part)])
+
+def split_views(split: Split, index: Tensor, config: ViewsConfig, seed: int, epoch: int, device: torch.device | str = "cpu") -> Tensor:
+    "One random view of each of the images `index (n,)` of a split: float32 `(n, 3, s, s)` in [0, 1] on `device`, cut from whole photographs where the split has them."
+    home = "cpu" if split.images is None else split.images.device
+    index, at = index.to(home), index.to(device)
+    if not split.resize: return random_views(split.images_at(index).to(device), config, seed, epoch, at)
+    return random_views(view_pairs(split, index, config, seed, epoch)[:, 1].to(device), config, seed, epoch, at, cropped=True)
 
 # %% ../nbs/01_augment.ipynb #b2de8d71
 def reuse_memory() -> bool:

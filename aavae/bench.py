@@ -7,7 +7,8 @@ __all__ = ['SERVE', 'VIEWS', 'STEPS', 'GROWTH', 'REDUCED', 'interleave', 'apart'
            'photo_tiles', 'our_views', 'original_views', 'kornia_views', 'bench_operations', 'views_side',
            'bench_views', 'OriginalBlock', 'OriginalWay', 'paper_model', 'our_step', 'original_step', 'bench_step',
            'bench_split', 'step_flops', 'bench_matmul', 'own_peak_memory', 'run_python', 'bench_memory', 'measure_step',
-           'bench_growth', 'bench_evaluation', 'bench_import', 'machine', 'bench', 'format_bench']
+           'bench_growth', 'photo_files', 'imagenet_step', 'bench_decode', 'bench_evaluation', 'bench_import',
+           'machine', 'bench', 'format_bench']
 
 # %% ../nbs/16_bench.ipynb #e4660296
 import importlib.util
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .augment import ViewsConfig, blur, crop, draw_views, grey, jitter_, random_views, reuse_memory, shift_hue_
-from .data import CIFAR10_STATS, Split, normal, progress
+from .data import CIFAR10_STATS, IMAGENET_STATS, Split, cores, normal, progress
 from .decoder import DecoderBlock
 from .encoder import Normalize, knn_scores
 from .evaluate import linear_probe
@@ -307,6 +309,46 @@ def bench_growth(grid: list[tuple[str, int, int]] = GROWTH, repeats: int = 5, de
     code = "import json\nfrom aavae.bench import measure_step\nprint(json.dumps(measure_step({!r}, {}, {}, {}, {!r})))"
     return [json.loads(run_python(code.format(*point, repeats, str(device)), torch.get_num_threads())) for point in grid]
 
+# %% ../nbs/16_bench.ipynb #fc446467
+def photo_files(folder: Path, n: int) -> list[Path]:
+    "Writes `n` JPEG photographs of 500x375 pixels, parts of scikit-learn's two, and returns their paths."
+    from sklearn.datasets import load_sample_image
+    photos, paths = [Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower")], [folder / f"{i}.JPEG" for i in range(n)]
+    for i, path in enumerate(paths):
+        left, top = 13 * i % 140, 7 * i % 52
+        photos[i % 2].crop((left, top, left + 500, top + 375)).save(path, quality=93)
+    return paths
+
+def imagenet_step(encoder: str, image_size: int, device: torch.device) -> Callable[[tuple[Tensor, Tensor, int]], None]:
+    "A function that takes a training step with the networks and views of the preset `imagenet`, on a batch of `view_pairs`."
+    model = build_model(ModelConfig(encoder, encoder, stem="conv7", maxpool=True), ObjectiveConfig(), ViewsConfig(jitter=1.0, blur_p=0.5), image_size, *IMAGENET_STATS).to(device)
+    optimizer, bf16 = model.configure_optimizers()["optimizer"], TrainConfig(accelerator=device.type).bf16
+    def step(batch):
+        images, index, epoch = batch
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16): loss = model.training_step((images.to(device, non_blocking=True), index.to(device), epoch))["loss"]
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+    return step
+
+def bench_decode(encoder: str = "resnet50", batch_size: int = 16, steps: int = 8, n: int = 64, image_size: int = 224, device: torch.device | str = "cpu") -> dict[str, Any]:
+    "Images per second that one worker process makes ready, with their spread, and the share of a training step spent waiting for data when there is a worker for each core."
+    device, views, wait, work = torch.device(device), ViewsConfig(jitter=1.0, blur_p=0.5), [], []
+    with TemporaryDirectory() as folder:
+        paths = photo_files(Path(folder), n)
+        batches = lambda size: Batches(Split(torch.zeros(n), None, paths, image_size, 8 * image_size // 7), size, 0, views=views)
+        arrived = [time.perf_counter() for _ in StepLoader(batches(8), 4 * n // 8, 1)]
+        rate, spread = median_and_spread([8 / (b - a) for a, b in zip(arrived[1:], arrived[2:])])
+        step, source = imagenet_step(encoder, image_size, device), iter(StepLoader(batches(batch_size), steps + 2, cores()))
+        for _ in range(steps + 2):
+            start = time.perf_counter()
+            batch = next(source)
+            got = time.perf_counter()
+            step(batch); _wait(device)
+            wait.append(got - start); work.append(time.perf_counter() - got)
+        source.close()
+    wait, work = sum(wait[2:]), sum(work[2:])
+    return {"images_per_s_per_worker": rate, "spread": spread, "wait_share": wait / (wait + work), "images_per_s": steps * batch_size / (wait + work), "workers": cores(),
+            "encoder": encoder, "batch_size": batch_size, "image_size": image_size, "steps": steps}
+
 # %% ../nbs/16_bench.ipynb #95fb1d5f
 def bench_evaluation(n: int = 50_000, d: int = 512, queries: int = 2_000, epochs: int = 90, measured_epochs: int | None = None, device: torch.device | str = "cpu") -> dict[str, float]:
     "Seconds of a linear probe on nine tenths of `n` features of size `d`, and of kNN of `queries` among all; `measured_epochs` of the probe's epochs are run and scaled up."
@@ -334,8 +376,8 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     return {"cpu": device_name(torch.device("cpu")), "gpu": gpu, "threads": torch.get_num_threads(), "python": sys.version.split()[0], "versions": versions(), "commit": commit, "dirty": dirty}
 
-# %% ../nbs/16_bench.ipynb #3ca2f9c7
-REDUCED = "512 images for the views; batches of 32 (ResNet-18) and 8 (ResNet-50); 3 repeats; 9 of 90 epochs of the linear probe, times ten; one import; no table of growth"
+# %% ../nbs/16_bench.ipynb #027ae928
+REDUCED = "512 images for the views; batches of 32 (ResNet-18) and 8 (ResNet-50); 3 repeats; 9 of 90 epochs of the linear probe, times ten; one import; 3 steps of ResNet-18 for decoding; no table of growth"
 
 def _parts(quick: bool, device: torch.device) -> dict[str, Callable[[], Any]]:
     "What is measured, by name."
@@ -346,7 +388,8 @@ def _parts(quick: bool, device: torch.device) -> dict[str, Callable[[], Any]]:
             "step.resnet18": partial(bench_step, "resnet18", small, device=device, **often), "step.resnet50": partial(bench_step, "resnet50", large, device=device, **often),
             "split": partial(bench_split, "resnet18", small, device=device, **often), "matmul": partial(bench_matmul, device),
             "memory": partial(bench_memory, "resnet18", small, device), "evaluation": partial(bench_evaluation, measured_epochs=9 if quick else None, device=device),
-            "import_s": partial(bench_import, 1 if quick else 3), **parts}
+            "import_s": partial(bench_import, 1 if quick else 3),
+            "decode": partial(bench_decode, "resnet18", 8, 3, 32, device=device) if quick else partial(bench_decode, batch_size=128, steps=20, n=256, device=device) if device.type == "cuda" else partial(bench_decode, device=device), **parts}
 
 def bench(quick: bool = False) -> dict[str, Any]:
     "Measures everything: some minutes, under one if `quick`. Keys are those of `format_bench`'s table; rates are per second, memory in MB, times in seconds."
@@ -365,7 +408,7 @@ def _assemble(found: dict[str, Any]) -> dict[str, Any]:
     flops = step_flops() * step["resnet18"]["ours"] / 1e12                      # TFLOP/s
     return {"views": found["views"] | {"share_of_step": split["views"] / sum(split.values())}, "step": step, "split": split,
             "mfu": flops / found["matmul"]["tflops"], "matmul_tflops": found["matmul"]["tflops"], "matmul": found["matmul"],
-            "peak_memory_mb": found["memory"]["ours"], "memory": found["memory"], **found["evaluation"], "import_s": found["import_s"],
+            "peak_memory_mb": found["memory"]["ours"], "memory": found["memory"], **found["evaluation"], "import_s": found["import_s"], "decode": found["decode"],
             "growth": found.get("growth", [])}
 
 def _others(before: tuple[float, float] | None, start: float) -> dict[str, Any]:
@@ -398,6 +441,10 @@ def format_bench(result: dict[str, Any]) -> str:
         lines += [f"mfu {100 * result['mfu']:.0f}% of {result['matmul_tflops']:.2f} TFLOP/s ({result['matmul']['dtype']} matrix product)"
                   f"; at 100% the ratio of resnet18 would be {result['step']['resnet18']['ratio'] / result['mfu']:.2f}x"]
         lines += [f"linear probe {result['linear_probe_s']:.1f} s, kNN {result['knn_s']:.1f} s, import {result['import_s']:.1f} s"]
+    if "decode" in result:
+        d = result["decode"]
+        lines += [f"decoding, {d['image_size']}x{d['image_size']} of 500x375: {d['images_per_s_per_worker']:.0f} images/s ±{100 * d['spread']:.0f}% per worker; "
+                  f"{d['encoder']}, batch {d['batch_size']}, {d['workers']} workers: {d['images_per_s']:.1f} images/s, waits for {100 * d['wait_share']:.1f}% of a step"]
     return "\n".join(lines + _grown(result.get("growth", [])) + _circumstances(result))
 
 def _grown(rows: list[dict[str, Any]]) -> list[str]:

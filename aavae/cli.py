@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'STUDY', 'COMMANDS', 'field_help', 'new_parser', 'parse', 'base_config', 'add_preset', 'read_config',
-           'cmd_pretrain', 'cmd_evaluate', 'cmd_detect', 'cmd_transfer', 'cmd_data', 'cmd_doctor', 'cmd_results',
-           'cmd_report', 'cmd_demo', 'cmd_bench', 'cmd_study', 'usage', 'run_command', 'main']
+           'cmd_pretrain', 'read_call', 'show', 'cmd_evaluate', 'cmd_transfer', 'cmd_detect', 'cmd_data', 'cmd_doctor',
+           'cmd_results', 'cmd_report', 'cmd_demo', 'cmd_bench', 'cmd_study', 'cmd_embed', 'cmd_export', 'usage',
+           'run_command', 'main']
 
 # %% ../nbs/21_cli.ipynb #439d913d
 import inspect
@@ -13,15 +14,15 @@ import json
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from .data import DataConfig, InputError
 from .run import SECTIONS, Config, Run, atomic, check_values, config_parser, make_config, parser_error, read_records, read_yaml, unknown
 from .train import PRESETS, preset, pretrain
-from .memory import OUT_OF_MEMORY
+from .memory import out_of_memory
 from .ranks import Failed, Interrupted
 
 # %% ../nbs/21_cli.ipynb #95c5057f
@@ -32,11 +33,12 @@ def field_help() -> dict[str, str]:
         for name, text in re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M): found[f"{section}.{name}"] = text
     return found
 
-OPTIONS = {"untrained": "measure the same network with its initial weights", "epoch": "use the encoder kept at this epoch", "views": "train on random views of the images, not on cached features",
+OPTIONS = {"untrained": "use the same network with its initial weights", "epoch": "use the encoder kept at this epoch", "views": "train on random views of the images, not on cached features",
            "seeds": "one repetition each, '[0, 1, 2]' say", "tune": "choose the learning rate on the validation split", "max_epochs": "passes over the training images", "max_steps": "stop after this many steps, if that is sooner",
            "batch_size": "images per step", "lr": "learning rate; by default the protocol's", "head_lr": "learning rate of the linear layer; by default the protocol's", "weight_decay": "of the optimiser",
            "standardize": "give features zero mean and unit variance first", "ks": "numbers of neighbours", "temperature": "of the neighbours' weights", "fraction": "share of the labels",
-           "list_file": "file that names the labelled images, one a line", "image_size": "side in pixels; by default the run's"}
+           "list_file": "file that names the labelled images, one a line", "image_size": "side in pixels; by default the run's",
+           "split": "measure this split alone", "samples": "draws for each image, K", "proposal": "what the draws are made from: the posterior of the clean image, or of a random view", "stretch": "factor of the standard deviation that the draws are made with", "n": "images of each split"}
 
 def new_parser(command: str, description: str):
     "A parser whose errors are exceptions."
@@ -104,60 +106,54 @@ def cmd_pretrain(argv: list[str]):
     if facts["skipped"]: print(f"{facts['skipped']} unreadable files were left out")
     if facts["finished"]: print(f"next: aavae evaluate linear {run.path}")
 
-# %% ../nbs/21_cli.ipynb #f8bc24cf
-def cmd_evaluate(argv: list[str]):
-    "Measures the representation of a run."
-    from aavae.evaluate import TASKS, evaluate, format_table, results_table
-    if not argv or argv[0] not in TASKS:
-        if argv and argv[0] in ("-h", "--help"): return print(f"usage: aavae evaluate {{{','.join(TASKS)}}} RUN [--help]")
-        raise InputError(f"aavae evaluate needs a task and a run; write aavae evaluate {' | '.join(TASKS)} RUN")
-    task, function = argv[0], TASKS[argv[0]]
-    parser = new_parser(f"evaluate {task}", f"Measure a run: {inspect.getdoc(function)}")
+# %% ../nbs/21_cli.ipynb #961942ed
+def read_call(command: str, tasks: dict[str, Callable], argv: list[str]) -> tuple[str, Run, dict[str, str], dict[str, Any]]:
+    "Task, run, the `data.` fields that were given, and options, of a command that measures a run by one of `tasks`. Raises `InputError` if the task or the run is not there."
+    if not argv or argv[0] not in tasks:
+        if not argv or argv[0] not in ("-h", "--help"): raise InputError(f"aavae {command} needs a task and a run; write aavae {command} {' | '.join(tasks)} RUN")
+        print(f"usage: aavae {command} {{{','.join(tasks)}}} RUN [--help]")
+        raise SystemExit(0)
+    function = tasks[argv[0]]
+    takes = inspect.signature(function).parameters
+    data = [f.name for f in fields(DataConfig) if f.name != "image_size" and ("data" in takes or f.name in takes)]      # the size is the run's own, or an option
+    parser = new_parser(f"{command} {argv[0]}", f"Measure a run: {inspect.getdoc(function)}")
     parser.add_argument("run", type=str, help="folder of the run")
-    for f in fields(DataConfig):                     # the size is the run's own
-        if f.name != "image_size": parser.add_argument(f"--data.{f.name}", type=str, default=None)
-    parser.add_function_arguments(function, skip={"run", "data"})
+    for name in data: parser.add_argument(f"--data.{name}", type=str, default=None)
+    skip = {"run", "data", "show_progress", *data}
+    parser.add_function_arguments(function, skip=skip & set(takes))
     args = parse(parser, argv[1:])
-    run, given = Run.load(args.run), {f"data.{k}": v for k, v in vars(args.data).items() if v is not None}
-    data = make_config(given, run.config).data if given else None
-    options = {p: getattr(args, p) for p in inspect.signature(function).parameters if p not in ("run", "data")}
-    print(format_table(results_table(evaluate(run, task, data, **options))))
+    return argv[0], Run.load(args.run), {f"data.{k}": v for k, v in vars(args.data).items() if v is not None}, {name: getattr(args, name) for name in takes if name not in skip}
 
-def cmd_detect(argv: list[str]):
-    "Trains Faster R-CNN from the encoder of a run and measures its average precision."
-    from aavae.detect import detect
+def show(records: list[dict[str, Any]]):
+    "Prints records, and the average precision of each class where they have it."
     from aavae.evaluate import format_table, results_table
-    parser = new_parser("detect", f"Transfer by detection: {inspect.getdoc(detect)}")
-    parser.add_argument("run", type=str, help="folder of the run")
-    parser.add_argument("--data.root", type=str, required=True, help="folder in Pascal VOC's format: JPEGImages/, Annotations/, ImageSets/Main/")
-    parser.add_argument("--data.workers", type=int, default=2, help="processes that decode images")
-    parser.add_function_arguments(detect, skip={"run", "root", "workers", "show_progress"})
-    args = parse(parser, argv)
-    run, options = Run.load(args.run), {p: getattr(args, p) for p in inspect.signature(detect).parameters if p not in ("run", "root", "workers", "show_progress")}
-    records = detect(run, args.data.root, workers=args.data.workers, **options)
-    if not records: return                            # a second process: the first one tells
     print(format_table(results_table(records)))
+    if records[0]["task"] != "detect": return
     for name, ap in records[0]["details"]["per_class"].items():
         print(f"{name}: " + (f"AP {100 * ap['ap']:.2f}, AP50 {100 * ap['ap50']:.2f}, AP75 {100 * ap['ap75']:.2f} of {ap['n']} boxes" if ap["n"] else "no box to be found"))
 
-# %% ../nbs/21_cli.ipynb #c9ea3a4c
+def cmd_evaluate(argv: list[str]):
+    "Measures the representation of a run."
+    from aavae.evaluate import LATER, TASKS, evaluate, evaluation
+    task, run, given, options = read_call("evaluate", TASKS | {name: evaluation(name) for name in LATER}, argv)
+    show(evaluate(run, task, make_config(given, run.config).data if given else None, **options))
+
+# %% ../nbs/21_cli.ipynb #29e640cc
 def cmd_transfer(argv: list[str]):
-    "Trains a linear classifier of other images on a run's frozen encoder."
-    from aavae.evaluate import format_table, results_table
+    "Trains a linear classifier, or a detector, of other images from a run's encoder."
+    from aavae.detect import detect
     from aavae.transfer import classify
-    if not argv or argv[0] != "classify":
-        if argv and argv[0] in ("-h", "--help"): return print("usage: aavae transfer classify RUN --data.name folder --data.root DIR [--help]")
-        raise InputError("aavae transfer needs a task and a run; write aavae transfer classify RUN --data.name folder --data.root DIR")
-    parser = new_parser("transfer classify", "Train a linear layer on a run's frozen encoder, on other images, by the Places205 protocol.")
-    parser.add_argument("run", type=str, help="folder of the run")
-    for f in fields(DataConfig):
-        if f.name != "image_size": parser.add_argument(f"--data.{f.name}", type=str, default=None)
-    parser.add_function_arguments(classify, skip={"run", "data"})
-    args = parse(parser, argv[1:])
-    given = {f"data.{k}": v for k, v in vars(args.data).items() if v is not None}
-    if "data.name" not in given: raise InputError("aavae transfer classify needs other images; name them by --data.name folder --data.root DIR")
-    options = {p: getattr(args, p) for p in inspect.signature(classify).parameters if p not in ("run", "data")}
-    print(format_table(results_table(classify(Run.load(args.run), make_config(given).data, **options))))
+    task, run, given, options = read_call("transfer", {"classify": classify, "detect": detect}, argv)
+    data = make_config(given).data
+    if task == "classify":
+        if "data.name" not in given: raise InputError("aavae transfer classify needs other images; name them by --data.name folder --data.root DIR")
+        return show(classify(run, data, **options))
+    if data.root is None: raise InputError("aavae transfer detect needs images with boxes; set --data.root to a folder in Pascal VOC's format: JPEGImages/, Annotations/, ImageSets/Main/")
+    if records := detect(run, data.root, workers=data.workers, **options): show(records)         # none where another process tells
+
+def cmd_detect(argv: list[str]):
+    "Short for transfer detect: Faster R-CNN and its average precision."
+    cmd_transfer(["detect", *argv])
 
 # %% ../nbs/21_cli.ipynb #5fe0659b
 def cmd_data(argv: list[str]):
@@ -257,6 +253,37 @@ def cmd_study(argv: list[str]):
     path = study(name, config, args.out, options, args.retry, args.executor, args.jobs, args.slurm)
     print(path.read_text().rstrip(), f"\n\nThe figure: {path.with_suffix('.html')}")
 
+# %% ../nbs/21_cli.ipynb #7c04dd19
+def cmd_embed(argv: list[str]):
+    "Writes the embedding of every image below a folder, as parquet or npz."
+    from aavae.export import embed_folder
+    parser = new_parser("embed", "Write path and embedding of every image below a folder. Stopped or killed, the same command goes on where it was.")
+    parser.add_argument("dir", type=str, help="folder of images, of any size; all folders below it are searched")
+    parser.add_argument("--run", type=str, required=True, help="folder of the run whose encoder is used")
+    parser.add_argument("-o", "--out", type=str, required=True, help="the table: FILE.parquet or FILE.npz")
+    parser.add_function_arguments(embed_folder, skip={"run", "folder", "out", "show_progress"})
+    args = parse(parser, argv)
+    about = embed_folder(Run.load(args.run), args.dir, args.out, args.untrained, args.epoch, args.batch_size)
+    print(f"{args.out}: path (below {about['folder']}) and embedding ({about['dim']} numbers) of {about['n']:,} images")
+    if about["skipped"]: print(f"{about['skipped']:,} unreadable files are listed in {args.out}.skipped.txt")
+    if about["other_files"]: print("left out, no image by its suffix: " + ", ".join(f"{n:,} {kind or 'without suffix'}" for kind, n in about["other_files"].items()))
+
+def cmd_export(argv: list[str]):
+    "Writes a run's encoder for torchvision, timm, ONNX or aavae, with a model card."
+    from aavae.export import FILES, TOLERANCE, check_token, export_encoder, push_to_hub
+    parser = new_parser("export", "Write a run's encoder for another library, with a model card that says how it is loaded. It is loaded so, and compared with the run's.")
+    parser.add_argument("run", type=str, help="folder of the run")
+    parser.add_argument("--format", type=str, required=True, help=", ".join(FILES))
+    parser.add_argument("-o", "--out", type=str, default=None, help="folder for encoder and card, or a file (default: RUN/export/FORMAT)")
+    parser.add_argument("--epoch", type=int | None, default=None)
+    parser.add_argument("--push", type=str, default=None, help="USER/NAME: upload it to this repository of the Hugging Face Hub")
+    args = parse(parser, argv)
+    if args.push: check_token(args.push)
+    files, error = export_encoder(Run.load(args.run), args.format, args.out, args.epoch, args.push)
+    print("\n".join(map(str, files)))
+    print(f"reloaded as the card says, it gives the same features (relative error {error:.0e}, {TOLERANCE:.0e} is allowed)")
+    if args.push: print(f"pushed to {push_to_hub(files, args.push)}")
+
 # %% ../nbs/21_cli.ipynb #47c0a0ad
 COMMANDS = {name[4:]: function for name, function in list(globals().items()) if name.startswith("cmd_")}
 
@@ -299,7 +326,6 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as e: return fail(2, f"error: {e.filename or 'a file'} cannot be used ({e.strerror or e}); check the path, its permissions and the free space")
-    except (MemoryError, torch.OutOfMemoryError): return fail(1, "error: out of memory; use smaller images or batches")
-    except RuntimeError as e:
-        if not any(words in str(e) for words in OUT_OF_MEMORY): raise
-        return fail(1, "error: out of memory; use smaller images, or --data.resident false for images in files")
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e): raise
+        return fail(1, "error: out of memory; use smaller images or batches, or --data.resident false for images in files")

@@ -21,6 +21,7 @@ import torch
 
 from .data import SUFFIXES, ImageData, Split, load_data, open_image, progress, walk
 from .evaluate import format_table
+from .memory import memory_there
 from .model import build_model
 from .run import Config, TrainConfig, device_name, git_state
 from .train import Batches
@@ -30,9 +31,8 @@ def _size(n: float) -> str: return f"{n / 1e9:.1f} GB"
 
 def _memory() -> str:
     "Main memory, in all and free."
-    try: info = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.endswith("kB")}
-    except OSError: return "not known here"
-    return f"{_size(info['MemTotal'])}, {_size(info['MemAvailable'])} free"
+    there = memory_there(torch.device("cpu"))
+    return f"{_size(there[1])}, {_size(there[0])} free" if there else "not known here"
 
 def _cuda() -> list[str]:
     "A line per CUDA device, or why there is none."
@@ -46,6 +46,7 @@ def data_sets(folders: list[Path]) -> list[str]:
     found = []
     for folder in filter(Path.is_dir, folders):
         if (folder / "cifar-10-batches-py").is_dir(): found.append(f"CIFAR-10: --data.name cifar10 --data.root {folder}")
+        if (folder / "stl10_binary").is_dir(): found.append(f"STL-10: --data.name stl10 --data.root {folder}")
         found += [f"{p.name}: --data.name folder --data.root {p}" for p in sorted({folder, *folder.iterdir()}) if (p / "train").is_dir()]
     return found
 
@@ -99,10 +100,10 @@ def duplicates(data: ImageData) -> list[str]:
 # %% ../nbs/20_doctor.ipynb #2596bddc
 def seconds_per_image(config: Config, data: ImageData, steps: int = 3) -> float:
     "Seconds of training per image, by the fastest of a few steps after one that does not count; on the CPU with at most 32 images a step."
-    device, train = config.train.device, data.split("train")
+    device, train = config.train.device, data.split(data.pretrain_split)
     model = build_model(config.model, config.objective, config.views, data.image_size, data.mean, data.std, config.train.seed).to(device)
     size = min(config.train.batch_size, len(train), config.train.batch_size if device.type == "cuda" else 32)
-    batches, adam = Batches(train.to(device), size, 0), model.configure_optimizers()["optimizer"]
+    batches, adam = Batches(train.to(device), size, 0, views=config.views if config.objective.augment else None), model.configure_optimizers()["optimizer"]
     fastest = float("inf")
     for step in range(steps + 1):
         start = time.perf_counter()
@@ -164,7 +165,7 @@ def check_data(config: Config) -> tuple[str, list[str]]:
 
     Counts, class balance, sizes, duplicates, normalisation and the time of an epoch to expect. Raises `InputError` if the data set is not there, or nothing of it can be read."""
     data = load_data(replace(config.data, on_error="skip"))
-    rows, train = _splits(data), data.split("train")
+    rows, train = _splits(data), data.split(data.pretrain_split)
     stats = "mean " + ", ".join(f"{v:.4f}" for v in data.mean) + "; standard deviation " + ", ".join(f"{v:.4f}" for v in data.std)
     lines = [f"{data.label}; evaluations report the {data.eval_split} split" if {"val", "test"} & set(data.splits) else f"{data.label}; it has no split to evaluate on", "", format_table(rows), "", stats]
     lines += _files(data, config.data.root) + [f"note: {n}" for n in data.notes + _balance(data)]

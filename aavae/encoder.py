@@ -24,7 +24,11 @@ def encoder_dim(name: str, width: float = 1) -> int:
         raise InputError(f"model.width {width} gives {name} a representation of {dim:g}, not a multiple of 16; use 0.25, 0.5, 1, 2 or 4")
     return int(dim)
 
-# %% ../nbs/02_encoder.ipynb #06d75343
+# %% ../nbs/02_encoder.ipynb #c47dc2e4
+class _StridedConv(nn.Conv2d):
+    "A 1x1 convolution of every second position: with fewer than 16 channels in float32, oneDNN's own corrupts memory in the backward pass (torch 2.15)."
+    def forward(self, x: Tensor) -> Tensor: return F.conv2d(x[:, :, ::self.stride[0], ::self.stride[1]], self.weight)
+
 class Encoder(nn.Module):
     "ResNet without its classifier: images `(n, 3, s, s)`, normalised, to h `(n, d)` (Appendix A.1). Parameter names are torchvision's."
     def __init__(self, name: str = "resnet50", stem: str = "conv3", maxpool: bool = False, width: float = 1):
@@ -44,7 +48,8 @@ class Encoder(nn.Module):
     def _stage(self, block, planes: int, depth: int, stride: int) -> nn.Sequential:
         shortcut = None
         if stride != 1 or self.channels != planes * block.expansion:
-            shortcut = nn.Sequential(nn.Conv2d(self.channels, planes * block.expansion, 1, stride, bias=False), nn.BatchNorm2d(planes * block.expansion))
+            conv = _StridedConv if self.channels < 16 else nn.Conv2d
+            shortcut = nn.Sequential(conv(self.channels, planes * block.expansion, 1, stride, bias=False), nn.BatchNorm2d(planes * block.expansion))
         first = block(self.channels, planes, stride, shortcut)
         self.channels = planes * block.expansion
         return nn.Sequential(first, *(block(self.channels, planes) for _ in range(depth - 1)))

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Features', 'weights_hash', 'frozen', 'run_features']
 
-# %% ../nbs/08_features.ipynb #ab4da8cf
+# %% ../nbs/08_features.ipynb #54e7c270
 import hashlib
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,16 +53,18 @@ def run_features(run: Run, split: str = "test", data: ImageData | None = None, u
     encoder = run.encoder(untrained, epoch)
     key = hashlib.sha256(f"{weights_hash(encoder)} {data.fingerprint()} {data.image_size} {train.bf16}".encode()).hexdigest()[:16]
     path = run.path / "features" / f"{data.name}-{split}-{key}.safetensors"
-    if kept := _read(path): return kept
+    if kept := _read(path, key): return kept
     part = data.split(split)
     with frozen(encoder.to(train.device)): x = embed(encoder, part, bf16=train.bf16, desc=f"features of {data.name}/{split}")
     features = Features(x.cpu(), part.labels)
-    with atomic(path) as f: f.write(save(vars(features), {"sha256": tensors_hash(vars(features))}))
+    with atomic(path) as f: f.write(save(vars(features), {"of": f"{key} {tensors_hash(vars(features))}"}))
     return features
 
-def _read(path: Path) -> Features | None:
-    "The features in a file; none if there is no such file or it is damaged, in which case they are computed again."
+def _read(path: Path, key: str) -> Features | None:
+    "The features in a file; none if there is no such file, or, with a note, if it is damaged or another encoder's."
     try:
-        with safe_open(path, "pt") as f: tensors, written = {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get("sha256")
-        return Features(**tensors) if tensors_hash(tensors) == written else None
-    except (OSError, SafetensorError, TypeError): return None
+        with safe_open(path, "pt") as f: tensors, of = {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get("of")
+        if of == f"{key} {tensors_hash(tensors)}": return Features(**tensors)
+    except FileNotFoundError: return None
+    except (OSError, SafetensorError, TypeError): pass
+    print(f"note: {path} is damaged, or holds features of another encoder or of other images; they are computed again", file=sys.stderr)

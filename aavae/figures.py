@@ -6,8 +6,7 @@
 __all__ = ['PARTS', 'FIGURES', 'gathered', 'accuracy_curves', 'value_bars', 'density_figure', 'beta_figure', 'sensitivity_figure',
            'similarity_figure', 'write_figure', 'picture']
 
-# %% ../nbs/17b_figures.ipynb #90edf1f0
-import math
+# %% ../nbs/17b_figures.ipynb #93cb81ff
 import shutil
 import subprocess
 import tempfile
@@ -20,9 +19,10 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from .density import rank_correlation
 from .plots import COLOURS, COSINE, DASHES, TEXT, style
 from .run import atomic
-from .study import LAYERS, SHARES, column, course, final, spread_over_seeds
+from .study import LAYERS, SHARES, column, final, spread_over_seeds
 
 # %% ../nbs/17b_figures.ipynb #65349c32
 def gathered(found: list[dict[str, Any]], key=lambda p: (p["variant"], column(p), p["pretrain"]["views_seen"])) -> dict[tuple, tuple[float, float | None]]:
@@ -86,7 +86,10 @@ def density_figure(found: list[dict[str, Any]], proposal: str = "clean") -> go.F
     density = [p for p in found if p["metric"] == "bpd" and p["eval"]["hyperparameters"]["proposal"] == proposal]
     linear = {(p["run"], p["pretrain"]["views_seen"]): 100 * p["value"] for p in found if (p["task"], p["metric"]) == ("linear", "top1") and not p["untrained"]}
     values = gathered(density, lambda p: (p["variant"], p["eval"]["split"] == "train", p["pretrain"]["views_seen"]))
-    fig, (left, right) = _panels(["density over views", "density against accuracy"])
+    evaluated = [(p["value"], linear[k]) for p in density if p["eval"]["split"] != "train" and (k := (p["run"], p["pretrain"]["views_seen"])) in linear]
+    title = "density against accuracy"
+    if len(evaluated) > 2: title += ": rank correlation {:.2f} [{:.2f}, {:.2f}]".format(*rank_correlation(*map(list, zip(*evaluated))))
+    fig, (left, right) = _panels(["density over views", title])
     for i, variant in enumerate(dict.fromkeys(p["variant"] for p in density)):
         colour, name = COLOURS[i % len(COLOURS)], escape(variant.removeprefix("aavae-").replace("aavae", "logscale 0").replace("logscale-learned", "learned").replace("logscale", "logscale ") if variant != "aavae" else "logscale 0")
         for train in (True, False):

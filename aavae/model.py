@@ -72,15 +72,17 @@ class AAVAE(L.LightningModule):
         "z `(n, latent_dim)` to the mean of p(x | z): normalised images `(n, 3, s, s)` float32."
         return _full(self.decoder(z))
 
-    def view(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
-        "What the encoder sees of 8-bit `images`: a normalised random view, or the normalised image if the objective does not augment."
-        return self.normalize(random_views(images, self.views, self.seed, epoch, index) if self.objective.augment else images)
+    def view(self, images: Tensor, index: Tensor, epoch: int, cropped: bool = False) -> Tensor:
+        "What the encoder sees of 8-bit `images`: a normalised random view (of crops, if they are `cropped`), or the normalised image if the objective does not augment."
+        return self.normalize(random_views(images, self.views, self.seed, epoch, index, cropped) if self.objective.augment else images)
 
     def training_step(self, batch: tuple[Tensor, Tensor, int], _: int = 0) -> dict[str, Tensor]:
-        "The loss of a batch (images `(n, 3, s, s)` 8-bit, their indices `(n,)`, the epoch) and its parts, means over the batch in nats."
+        "The loss of a batch (images `(n, 3, s, s)` 8-bit, or pairs of them and crops for the views `(n, 2, 3, s, s)`, their indices `(n,)`, the epoch) and its parts, means over the batch in nats."
         images, index, epoch = batch
+        paired = images.ndim == 5
+        images, seen = images.unbind(1) if paired else (images, images)
         original = self.normalize(images)
-        view = self.view(images, index, epoch)
+        view = self.view(seen, index, epoch, cropped=paired)
         mu, std = self.encode(view)
         reconstruction = self.decode(self.sample(mu, std, index, epoch))
         if self.objective.clean_pass: self._clean_pass(original)

@@ -158,7 +158,7 @@ def measure(record: dict) -> str:
     "How an accuracy was measured: `kNN k=20`, `linear probe on views`."
     e, h, pretrained = record["eval"], record["eval"].get("hyperparameters") or {}, record["pretrain"]
     if "reading" in h: return h["reading"]                               # a name of its own, as in the demo
-    return (TASKS.get(record["task"], record["task"]) + (f" k={h['k']}" if "k" in h else "")
+    return (TASKS.get(record["task"], record["task"]) + (f" k={h['k']}" if "k" in h else "") + (f" K={h['samples']}, {h['proposal']} proposal" if "samples" in h else "") + (f" on {h['layer']}" if "layer" in h else "") + (f", std x{h['stretch']:g}" if "stretch" in h else "")
             + (" on views" if e.get("views") and record["task"] != "semi" else "") + (f", {100 * e['fraction']:g}% of labels" if e.get("fraction", 1) != 1 else "")
             + (f", {e['label']}" if e["dataset"] != pretrained["dataset"] else "") + (f", {e['split']}" if e["split"] not in ("test", "val") else ""))
 

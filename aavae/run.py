@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import torch
 import yaml
@@ -40,6 +40,7 @@ from .data import DataConfig, ImageData, InputError, load_data
 from .encoder import ImageEncoder
 from .loss import ObjectiveConfig
 from .model import AAVAE, ModelConfig, build_model
+if TYPE_CHECKING: from aavae.features import Features
 
 # %% ../nbs/06_run.ipynb #a86dd8ab
 @dataclass
@@ -65,7 +66,7 @@ class TrainConfig:
     seed: int = 0  # decides the initial weights, the order, the views and the noise
     save_every_n_steps: int | None = None  # save last.ckpt this often
     save_every_minutes: float = 10.0  # save last.ckpt at least this often
-    keep_at_epochs: list[int] = field(default_factory=list)  # milestones: epochs whose encoders are kept
+    keep_at_epochs: list[int] = field(default_factory=list)  # milestones: epochs whose models are kept
     knn_every_n_epochs: int = 25  # epochs between kNN accuracies on the validation split; 0: never
 
     def __post_init__(self):
@@ -259,9 +260,10 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
         h.update(name.encode()); h.update(t.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
     return h.hexdigest()
 
-def save_encoder(path: str | Path, model: AAVAE, facts: dict[str, Any]):
-    "Writes the encoder's weights with `facts` about them and their hash."
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.encoder.state_dict().items()}
+def save_encoder(path: str | Path, model: AAVAE, facts: dict[str, Any], whole: bool = False):
+    "Writes the weights of the encoder, or of the `whole` model, with `facts` about them and their hash."
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("normalize.")} if whole else model.encoder.state_dict()
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     with atomic(path) as f: f.write(save(tensors, {"aavae": json.dumps({"format": FORMAT} | facts | {"sha256": tensors_hash(tensors)})}))
 
 FACTS = {"model": dict, "image_size": int, "mean": list, "std": list, "dataset": str, "label": str, "step": int, "epochs": (int, float), "views_seen": int, "minutes": (int, float), "finished": bool}
@@ -282,15 +284,21 @@ def encoder_facts(path: str | Path) -> dict[str, Any]:
     except InputError as e: raise InputError(f"{path} names a network that cannot be ({str(e).split(';')[0]}); resume or repeat the run") from e
     return facts
 
+def _tensors(path: str | Path, facts: dict[str, Any]) -> dict[str, Tensor]:
+    "The tensors of an encoder file. Raises `InputError` if they are not those that were written."
+    try: tensors = load_file(path)
+    except SafetensorError as e: raise InputError(f"{path} is damaged; resume or repeat the run") from e
+    if facts.get("sha256") not in (None, tensors_hash(tensors)): raise InputError(f"{path} is damaged: its weights are not those that were written; resume or repeat the run")
+    return tensors
+
 def load_encoder(path: str | Path) -> ImageEncoder:
-    "The encoder in a file, frozen in eval mode, on the CPU."
+    "The encoder in a file, which may hold the whole model, frozen in eval mode, on the CPU."
     facts = encoder_facts(path)
+    tensors = _tensors(path, facts)
+    own = {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")} or tensors
     with torch.device("meta"): encoder = facts["model"].build_encoder()          # shapes alone; the weights come from the file
-    try:
-        tensors = load_file(path)
-        if facts.get("sha256") not in (None, tensors_hash(tensors)): raise InputError(f"{path} is damaged: its weights are not those that were written; resume or repeat the run")
-        encoder.load_state_dict(tensors, assign=True)
-    except (RuntimeError, SafetensorError) as e: raise InputError(f"{path} does not hold the {facts['model'].encoder} that its metadata names; resume or repeat the run") from e
+    try: encoder.load_state_dict(own, assign=True)
+    except RuntimeError as e: raise InputError(f"{path} does not hold the {facts['model'].encoder} that its metadata names; resume or repeat the run") from e
     return ImageEncoder(encoder, facts["mean"], facts["std"]).eval().requires_grad_(False)
 
 # %% ../nbs/06_run.ipynb #0b1c2808
@@ -364,7 +372,7 @@ class Run:
         return self._data
 
     def milestones(self) -> dict[int, Path]:
-        "The milestones: files of the encoders that were kept, by epoch."
+        "The milestones: files of the models that were kept, by epoch."
         return {int(p.stem.split("=")[1]): p for p in sorted((self.path / "checkpoints").glob("epoch=*.safetensors")) if p.stem.split("=")[1].isdigit()}
 
     def encoder(self, untrained: bool = False, epoch: int | None = None) -> ImageEncoder:
@@ -386,12 +394,15 @@ class Run:
         facts, c = self.facts, self.config
         return build_model(c.model, c.objective, c.views, facts["image_size"], facts["mean"], facts["std"], c.train.seed)
 
-    def model(self) -> AAVAE:
-        "The whole model, decoder included, of the last checkpoint, in eval mode; the averaged weights if `train.ema` kept an average."
-        model = self.fresh_model()
-        saved = load_checkpoint(self.checkpoint)
-        try: model.load_state_dict(saved["aavae"].get("ema") or saved["state_dict"])
-        except (RuntimeError, KeyError, TypeError, AttributeError) as e: raise InputError(f"{self.checkpoint} does not fit the model of {self.path / 'config.yaml'}; resume or repeat the run") from e
+    def model(self, epoch: int | None = None) -> AAVAE:
+        """The whole model, decoder included, of the last checkpoint or of the milestone at `epoch`, frozen in eval mode; the averaged weights if `train.ema` kept an average.
+
+        Raises `InputError` if there is no such file, it does not fit the configuration, or holds only an encoder."""
+        model, path = self.fresh_model(), self.checkpoint if epoch is None else self.encoder_path(epoch)
+        saved = load_checkpoint(path) if epoch is None else _tensors(path, self._facts(path))
+        if epoch is not None and "logscale" not in saved: raise InputError(f"{path} holds only an encoder, as earlier versions wrote it; leave out --epoch, which takes the last model, or repeat the run")
+        try: model.load_state_dict((saved["aavae"].get("ema") or saved["state_dict"]) if epoch is None else model.normalize.state_dict(prefix="normalize.") | saved)
+        except (RuntimeError, KeyError, TypeError, AttributeError) as e: raise InputError(f"{path} does not fit the model of {self.path / 'config.yaml'}; resume or repeat the run") from e
         return model.eval().requires_grad_(False)
 
     def _frozen(self, model: AAVAE) -> ImageEncoder:
@@ -407,7 +418,7 @@ class Run:
         try: return {k: [float(r[k]) if r[k] else None for r in rows] for k in (rows[0] if rows else {})}
         except (ValueError, TypeError, KeyError) as e: raise InputError(f"{path} has a damaged line ({e}); delete that line") from e
 
-    def features(self, split: str = "test", **options):
+    def features(self, split: str = "test", **options) -> "Features":
         "`Features(x, y)` that the frozen encoder gives for a split, cached in the run; see `aavae.features.run_features`."
         from aavae.features import run_features
         return run_features(self, split, **options)
@@ -419,7 +430,7 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]: return read_records(self.path / "results.json")
 
-    def add_records(self, records: list[dict[str, Any]]):
+    def add_records(self, records: list[dict[str, Any]]) -> None:
         "Appends to `results.json`. A record that measures the same thing as an earlier one takes its place."
         same = lambda r: [r.get(k) for k in ("task", "metric", "untrained", "pretrain", "eval")]
         with locked(self.path):
@@ -500,7 +511,8 @@ def make_record(run: Run, data: ImageData, task: str, metric: str, values: list[
     if untrained: budget = dict(epochs=0, views_seen=0, minutes=0.0, seconds_per_epoch=None)
     return {"task": task, "metric": metric, "value": round(values.mean().item(), 6), "std": round(values.std().item(), 6) if len(values) > 1 else None,
             "n_seeds": len(seeds), "seeds": seeds, "objective": c.objective.name, "beta": c.objective.kl_weight, "target": c.objective.target,
-            "encoder": c.model.encoder, "decoder": c.model.decoder, "width": c.model.width, "maxpool": c.model.maxpool, "latent_dim": c.model.latent_dim, "untrained": untrained,
+            "encoder": c.model.encoder, "decoder": c.model.decoder, "width": c.model.width, "maxpool": c.model.maxpool, "latent_dim": c.model.latent_dim,
+            "logscale": c.objective.logscale, "learn_logscale": c.objective.learn_logscale, "untrained": untrained,
             "pretrain": {"dataset": facts["dataset"], "label": facts["label"], "batch_size": c.train.batch_size, "seed": c.train.seed} | budget,
             "eval": {"dataset": data.name, "label": data.label, "split": split, "n": n, "views": views, "fraction": fraction, "hyperparameters": hyperparameters},
             "provenance": provenance(c, data.fingerprint(), run.here.device, started)}

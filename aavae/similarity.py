@@ -66,13 +66,13 @@ class Similarity:
     split: str  # its name
     reference: int  # images that the numbers and the mean come from
 
-def _layer(run: Run, layer: str, untrained: bool) -> Callable[[Tensor, Tensor, int], Tensor]:
+def _layer(run: Run, layer: str, untrained: bool, epoch: int | None) -> Callable[[Tensor, Tensor, int], Tensor]:
     "The function of views `(n, 3, s, s)`, indices `(n,)` and the number of the view that gives the features `(n, d)` of a layer."
     if layer not in ("h", "mu", "z"): raise InputError(f"there is no layer {layer!r}; use h, mu or z")
     if layer == "h":
-        encoder = run.encoder(untrained).to(run.here.device)
+        encoder = run.encoder(untrained, epoch).to(run.here.device)
         return lambda x, index, view: encoder(x)
-    model = (run.fresh_model() if untrained else run.model()).eval().to(run.here.device)
+    model = (run.fresh_model() if untrained else run.model(epoch)).eval().to(run.here.device)
     def posterior(x, index, view):
         mu, std = model.encode(model.normalize(x))
         return mu if layer == "mu" else model.sample(mu, std, index, epoch=view)
@@ -80,12 +80,12 @@ def _layer(run: Run, layer: str, untrained: bool) -> Callable[[Tensor, Tensor, i
 
 @torch.no_grad()
 def view_similarity(run: Run, n: int = 8, views: int = 8, layer: str = "h", untrained: bool = False, split: str | None = None,
-                    seed: int = 0, reference: int = 1024) -> Similarity:
-    """The `Similarity` of `views` random views each of `n` images, to the run's encoder or to the same network before training (Appendix A.4).
+                    seed: int = 0, reference: int = 1024, epoch: int | None = None) -> Similarity:
+    """The `Similarity` of `views` random views each of `n` images, to the run's encoder, the last or that of `epoch`, or to the same network before training (Appendix A.4).
 
     Raises `InputError` if there is no such encoder, checkpoint, split or layer, or fewer than two images or views."""
     name, device = split or run.data().eval_split, run.here.device
-    part, features = run.data().split(name), _layer(run, layer, untrained)
+    part, features = run.data().split(name), _layer(run, layer, untrained, epoch)
     order = permutation(seed, 0, len(part))[:max(n, reference)]
     n = min(n, len(order))
     if n < 2 or views < 2: raise InputError(f"cosines need two images and two views at least; there are {n} of {run.data().name}/{name}, and {views}")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .data import DataConfig, InputError, load_data, permutation, progress
-from .evaluate import TASKS, format_table, paper_value
+from .evaluate import LATER, TASKS, format_table, paper_value
 from .loss import gaussian_kl
 from .ranks import Failed, Interrupted
 from .run import Config, Run, atomic, encoder_facts, make_config, make_record, read_records, writer
@@ -150,7 +150,7 @@ def other_images(job: Job, out: Path, root: str | None) -> DataConfig:
 def measure(run: Run, task: Task, out: Path, epoch: int | None = None):
     "Makes the records of a task and adds them to the run."
     options = dict(task.options) | ({"untrained": True} if task.untrained else {}) | ({"epoch": epoch} if epoch is not None else {})
-    if task.name in TASKS: run.evaluate(task.name, **options)
+    if task.name in [*TASKS, *LATER]: run.evaluate(task.name, **options)
     elif task.name == "classify": classify(run, other_images(Job("", run.config, []), out, options.pop("root")), **options)
     elif task.name == "supervised": run.evaluate("semi", other_images(Job("", run.config, []), out, options.pop("root")), fraction=1.0, untrained=True, **options)
     elif task.name == "detect":

@@ -10,9 +10,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from .data import DataConfig, InputError, load_data
-from .evaluate import _labelled, _probe_on_views, drops, linear_probe, top_records
-from .features import frozen
+from .data import DataConfig, load_data
+from .evaluate import drops, probe_records
 from .run import Run
 
 # %% ../nbs/10_transfer.ipynb #d2c2fc2b
@@ -24,19 +23,8 @@ def classify(run: Run, data: DataConfig, image_size: int | None = None, untraine
     """Records (top-1, top-5) of a linear layer on the frozen encoder of `run`, trained by the Places205 protocol on the images of `data`; they are added to the run.
 
     Raises `InputError` if the data set is not there or has no labels."""
-    if views and standardize: raise InputError("--standardize needs cached features; leave out --views or --standardize")
-    started, train = time.time(), run.here
-    images = load_data(replace(data, image_size=image_size or run.facts["image_size"]))
-    split = _labelled(images)
-    options = dict(seeds=tuple(seeds), epochs=max_epochs, max_steps=max_steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, nesterov=False, decay=PLACES)
-    features = lambda name: run.features(name, data=images, untrained=untrained, epoch=epoch)
-    if views:
-        with frozen(run.encoder(untrained, epoch).to(train.device)) as encoder:
-            probe = _probe_on_views(encoder, images.split("train"), len(images.classes), run.config.views.flip, train.bf16, **options)
-    else: probe = linear_probe(features("train"), len(images.classes), standardize, train.device, **options)
-    test = features(split)
-    hyperparameters = {"optimizer": "SGD, momentum 0.9, x0.1 after 4, 8 and 12 of 14 epochs", "epochs": max_epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
-                       "standardize": standardize, "image_size": images.image_size} | ({"max_steps": max_steps} if max_steps else {})
-    records = top_records(run, images, "classify", [*probe.scores(test.x.to(probe.weight.device))], test.y, seeds, split, hyperparameters, started, untrained, views, epoch)
+    started, images = time.time(), load_data(replace(data, image_size=image_size or run.facts["image_size"]))
+    records = probe_records(run, images, "classify", started, "SGD, momentum 0.9, x0.1 after 4, 8 and 12 of 14 epochs", untrained, epoch, views, standardize, seeds, max_epochs, max_steps, batch_size, lr,
+                            weight_decay, {"image_size": images.image_size}, nesterov=False, decay=PLACES)
     run.add_records(records)
     return records

@@ -38,6 +38,9 @@ def aavae():
     return run
 
 
+PRELOAD = ["aavae.cli", "aavae.train", "aavae.evaluate", "aavae.doctor", "aavae.report", "aavae.export", "jsonargparse", "torchvision.datasets"]
+
+
 def _child(argv, out, err, memory):
     "A command line in a process that has imported everything already."
     for stream, path in ((1, out), (2, err)): os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
@@ -60,7 +63,7 @@ def _child(argv, out, err, memory):
 def quick_aavae(tmp_path_factory):
     "Like `aavae`, in a fork of a process that has done the imports: for many short commands. `memory` limits the address space in bytes."
     context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("out")
-    context.set_forkserver_preload(["aavae.cli", "aavae.train", "aavae.evaluate", "aavae.doctor", "aavae.report", "jsonargparse", "torchvision.datasets"])
+    context.set_forkserver_preload(PRELOAD)
     def run(*args, timeout=120, memory=None):
         out, err = folder / "out", folder / "err"
         process = context.Process(target=_child, args=(list(map(str, args)), str(out), str(err), memory))

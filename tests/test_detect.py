@@ -1,5 +1,6 @@
 "Detection through the command line, on a few photographs of BCCD: train, be killed, go on, and say what is wrong with a folder."
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -53,7 +54,7 @@ def test_records_and_files(whole):
     records = {r["metric"]: r for r in Run.load(whole).records()}
     assert {"ap", "ap50", "ap75"} <= set(records)
     r = records["ap50"]
-    assert (r["task"], r["eval"]["dataset"], r["eval"]["n"], r["eval"]["hyperparameters"]["iterations"]) == ("detect", "bccd-voc", 3, 30)
+    assert (r["task"], r["eval"]["dataset"], r["eval"]["n"], r["eval"]["hyperparameters"]["iterations"], r["eval"]["hyperparameters"]["seed"]) == ("detect", "bccd-voc", 3, 30, 0)
     assert set(r["details"]["per_class"]) >= {"RBC", "WBC"} and 0 <= r["value"] <= 1
     folder = whole / "detect" / "bccd-voc"
     saved = json.loads((folder / "predictions.json").read_text())
@@ -79,6 +80,25 @@ def test_stopped_and_resumed_is_the_same(aavae, bccd, pretrained, whole, tmp_pat
     other = whole / "detect" / "bccd-voc"
     for name in ("metrics.csv", "predictions.json", "predictions.png"): assert (folder / name).read_bytes() == (other / name).read_bytes(), name
     assert [r["value"] for r in Run.load(out).records()] == [r["value"] for r in Run.load(whole).records()]
+
+
+def test_two_processes(aavae, bccd, pretrained, tmp_path):
+    "Two processes train one detector, stop together at Ctrl-C and go on; the predictions that they share are those that one process makes with the same weights, and they are told once."
+    out, env = shutil.copytree(pretrained, tmp_path / "run"), os.environ | {"OMP_NUM_THREADS": "1"}
+    line, folder = ["detect", str(out), "--data.root", str(bccd), *SMALL], out / "detect" / "bccd-voc"
+    process = subprocess.Popen([*MAIN, *line, "--devices", "2"], stderr=subprocess.PIPE, text=True, env=env)
+    until = time.time() + 120
+    while not (folder / "last.ckpt").exists() and process.poll() is None and time.time() < until: time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err.count("continue with --resume true") == 1 and "Traceback" not in err, err
+    assert 0 < load_checkpoint(folder / "last.ckpt")["global_step"] < 30
+    told = []
+    for devices in ("2", "1"):
+        done = aavae(*line, "--resume", "true", "--devices", devices, env=env)
+        assert done.returncode == 0 and done.stdout.count("WBC: AP") == 1, done.stderr
+        told.append((load_checkpoint(folder / "last.ckpt")["global_step"], done.stdout, (folder / "predictions.json").read_bytes(), [r["value"] for r in Run.load(out).records()]))
+    assert told[0] == told[1] and told[0][0] == 30
 
 
 def first(p): return next(iter(sorted((p / "Annotations").iterdir())))

@@ -68,6 +68,19 @@ class Place:
     def image(self, data: bytes, name="new.png"): (self.photos / "train" / "sky" / name).write_bytes(data); return self.pretrain()
     def png(self) -> bytes: return (self.photos / "train" / "sky" / "00.png").read_bytes()
 
+    def stl10(self, **files: bytes):
+        "STL-10 with 12 labelled images, and `files` in place of its own."
+        folder = self.tmp / "stl10_binary"
+        folder.mkdir()
+        for name, data in ({f"{s}_{k}": bytes([1]) * n for s in ("train", "test") for k, n in (("X", 12 * 3 * 96 * 96), ("y", 12))} | files).items(): (folder / f"{name}.bin").write_bytes(data)
+        return self.tmp
+
+    def imagenet(self):
+        "A probe on ImageNet, one photograph of which is damaged."
+        (self.photos / "test").rename(self.photos / "val")
+        (self.photos / "train" / "sky" / "00.png").write_bytes(self.png()[:-150])
+        return ["evaluate", "linear", self.run, "--data.name", "imagenet", "--data.root", self.photos, "--data.val_size", "0"]
+
     def encoder(self, **changes):
         "The run's encoder file with other metadata."
         path = self.run / "encoder.safetensors"
@@ -146,11 +159,22 @@ case("Images", "a decompression bomb")(lambda p: p.image(bomb()))
 case("Images", "files that cannot be read, when the data are checked")(lambda p: (p.image(b""), ["data", *SMALL, "--data.root", p.photos])[1])
 case("Images", "no readable image at all, though unreadable ones are skipped")(lambda p: ([f.write_bytes(b"x") for f in (p.photos / "train").rglob("*.png")], p.pretrain("--data.on_error", "skip", "--data.image_size", "16"))[1])
 case("Images", "CIFAR-10 that is not there")(lambda p: ["pretrain", "--preset", "cifar10", "--data.root", p.tmp / "none", "--out", p.out])
+case("Images", "STL-10 that is not there")(lambda p: ["pretrain", "--preset", "stl10", "--data.root", p.tmp / "none", "--out", p.out])
+case("Images", "STL-10 without its unlabelled images")(lambda p: ["pretrain", "--preset", "stl10", "--data.root", p.stl10(), "--out", p.out])
+case("Images", "STL-10 with a file that was cut short")(lambda p: ["pretrain", "--preset", "stl10", "--data.root", p.stl10(unlabeled_X=bytes(99_999)), "--out", p.out])
+case("Images", "STL-10 with labels of other images")(lambda p: ["evaluate", "linear", p.run, "--data.name", "stl10", "--data.root", p.stl10(test_y=bytes([1] * 9))])
+case("Images", "no folder of ImageNet named")(lambda p: ["pretrain", "--preset", "imagenet", "--out", p.out])
+case("Images", "ImageNet without val/")(lambda p: ["pretrain", "--preset", "imagenet", "--data.root", p.photos, "--out", p.out])
+case("Images", "ImageNet whose val/ is not sorted into classes")(lambda p: (shutil.copytree(p.photos / "test" / "sky", p.photos / "val"), ["pretrain", "--preset", "imagenet", "--data.root", p.photos, "--out", p.out])[1])
+case("Images", "ImageNet that is to be held in memory")(lambda p: ["pretrain", "--preset", "imagenet", "--data.root", p.photos, "--data.resident", "true", "--out", p.out])
+case("Images", "a photograph of ImageNet that was cut short")(lambda p: p.imagenet())
 case("Images", "a root whose name is no text")(lambda p: p.pretrain("--data.root", p.tmp / "a\x07b"))
 case("Images", "a probe with a single class")(lambda p: ([shutil.rmtree(p.photos / s / "sky") for s in ("train", "test")], ["evaluate", "linear", p.run, "--data.root", p.photos])[1])
 case("Images", "a probe without labels")(lambda p: (tile(0).save(p.photos / "train" / "loose.png"), ["evaluate", "linear", p.run, "--data.root", p.photos])[1])
 case("Images", "a share of the labels that leaves a class without one")(lambda p: ["evaluate", "semi", p.run, "--fraction", "0.01"])
 case("Images", "a list that names no training image")(lambda p: ((p.tmp / "list.txt").write_text("sky/00.png\nn01440764_10168.JPEG\n"), ["evaluate", "semi", p.run, "--list_file", p.tmp / "list.txt"])[1])
+case("Images", "a list that leaves a class without an image")(lambda p: ((p.tmp / "list.txt").write_text("sky/00.png\n"), ["evaluate", "semi", p.run, "--list_file", p.tmp / "list.txt"])[1])
+case("Images", "a list of Places205 whose image is not there")(lambda p: ((p.photos / "train_places205.csv").write_text("train/sky/ghost.png 0\n"), p.pretrain())[1])
 case("Images", "a list of Places205 with a line that is none")(lambda p: ((p.photos / "train_places205.csv").write_text("train/sky/00.png zero\n"), p.pretrain())[1])
 case("Images", "a transfer without other images")(lambda p: ["transfer", "classify", p.run])
 case("Images", "a hyperparameter to choose, and no split to choose it on")(lambda p: ((p.photos / "test").rename(p.photos / "val"), ["evaluate", "linear", p.run, "--tune", "true", "--data.root", p.photos])[1])
@@ -176,6 +200,8 @@ case("Runs", "an encoder of another network than the run")(lambda p: p.encoder(m
 case("Runs", "an encoder whose metadata were changed")(lambda p: p.encoder(mean=[0.5, "x", 0.5]))
 case("Runs", "an encoder without metadata")(lambda p: (save_file(load_file(p.run / "encoder.safetensors"), p.run / "encoder.safetensors"), ["evaluate", "knn", p.run])[1])
 case("Runs", "a milestone that was not kept")(lambda p: ["evaluate", "knn", p.run, "--epoch", "7"])
+case("Runs", "a milestone of an earlier version, which holds no decoder")(lambda p: (shutil.copy(p.run / "encoder.safetensors", p.run / "checkpoints" / "epoch=0001.safetensors"), ["evaluate", "density", p.run, "--epoch", "1"])[1])
+case("Runs", "the density of a model without a posterior")(lambda p: ((p.run / "config.yaml").write_text((p.run / "config.yaml").read_text().replace("name: aavae", "name: ae")), ["evaluate", "density", p.run])[1])
 case("Runs", "a checkpoint that was cut short")(lambda p: ((p.run / "checkpoints" / "last.ckpt").write_bytes((p.run / "checkpoints" / "last.ckpt").read_bytes()[:5000]), p.resume())[1])
 case("Runs", "a checkpoint that is a pickle with code")(lambda p: ((p.run / "checkpoints" / "last.ckpt").write_bytes(pickle.dumps(Path)), p.resume())[1])
 case("Runs", "a checkpoint of a later version")(lambda p: p.checkpoint(lambda c: c["aavae"].update(format=2)))
@@ -184,6 +210,21 @@ case("Runs", "a checkpoint without its optimiser")(lambda p: p.checkpoint(lambda
 case("Runs", "records that are no JSON")(lambda p: ((p.run / "results.json").write_text("[1,"), ["results", p.run])[1])
 case("Runs", "a record without a field that it needs")(lambda p: ((p.run / "results.json").write_text('[{"task": "knn"}]'), ["results", p.run])[1])
 case("Runs", "a disk that is full", disk=True)(lambda p: p.pretrain("--out", p.disk / "run"))
+
+# ---- embeddings and exports
+case("Embeddings and exports", "an embedding without a run")(lambda p: ["embed", p.photos, "-o", p.tmp / "t.npz"])
+case("Embeddings and exports", "a folder to embed that is not there")(lambda p: ["embed", p.tmp / "none", "--run", p.run, "-o", p.tmp / "t.npz"])
+case("Embeddings and exports", "a folder without images to embed")(lambda p: ((p.tmp / "no").mkdir(), ["embed", p.tmp / "no", "--run", p.run, "-o", p.tmp / "t.npz"])[1])
+case("Embeddings and exports", "a table of another kind")(lambda p: ["embed", p.photos, "--run", p.run, "-o", p.tmp / "t.csv"])
+case("Embeddings and exports", "a table that is there and holds something else")(lambda p: ((p.tmp / "t.npz").write_bytes(b"x"), ["embed", p.photos, "--run", p.run, "-o", p.tmp / "t.npz"])[1])
+case("Embeddings and exports", "a table in a folder that cannot be written")(lambda p: ["embed", p.photos, "--run", p.run, "-o", "/proc/t.npz"])
+case("Embeddings and exports", "a batch of no images")(lambda p: ["embed", p.photos, "--run", p.run, "-o", p.tmp / "t.npz", "--batch_size", "0"])
+case("Embeddings and exports", "no image that can be read")(lambda p: (shutil.rmtree(p.photos), p.photos.mkdir(), (p.photos / "a.png").touch(), ["embed", p.photos, "--run", p.run, "-o", p.tmp / "t.npz"])[3])
+case("Embeddings and exports", "a format that there is not")(lambda p: ["export", p.run, "--format", "tensorflow"])
+case("Embeddings and exports", "an architecture that torchvision has not")(lambda p: ["export", p.run, "--format", "torchvision"])
+case("Embeddings and exports", "a README.md of somebody else")(lambda p: ((p.tmp / "README.md").write_text("mine"), ["export", p.run, "--format", "safetensors", "-o", p.tmp])[1])
+case("Embeddings and exports", "a folder for the export that cannot be written")(lambda p: ["export", p.run, "--format", "safetensors", "-o", "/proc/new"])
+case("Embeddings and exports", "a name that cannot be on the Hub")(lambda p: ["export", p.run, "--format", "safetensors", "--push", "mine"])
 
 
 def bomb() -> bytes:
@@ -201,7 +242,7 @@ def tree(folder: Path) -> dict[str, int]:
 def one_line(done) -> str:
     "The answer. Fails if it is not one line, or has no remedy."
     assert done.returncode == 2, (done.returncode, done.stdout[-500:], done.stderr[-2000:])
-    lines = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]  # progress bars aside
+    lines = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line and not line.startswith("note: ")]  # progress bars aside
     assert len(lines) == 1 and lines[0].startswith("aavae: error: "), done.stderr
     assert re.search("[;?] ?", lines[0]), f"no remedy: {lines[0]}"
     return lines[0].removeprefix("aavae: error: ")
