@@ -1,0 +1,222 @@
+"The explorers in a real JupyterLab: each notebook is opened in a headless browser and run, a control is moved, and what is shown is compared with what Python computes."
+import base64
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+NOTEBOOKS = Path(__file__).parent.parent / "nbs" / "explore"
+QUIET = '{"fetchNews": "false", "checkForUpdates": false}'            # no request to another host
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "The notebooks, with two tiny runs where they look for theirs."
+    from aavae.widgets import digits_run
+    folder = tmp_path_factory.mktemp("explore")
+    for path in NOTEBOOKS.glob("*.ipynb"): shutil.copy(path, folder)
+    tiny = dict(train__max_epochs=2, train__warmup_epochs=1, train__knn_every_n_epochs=1, train__accelerator="cpu")
+    digits_run(folder / "runs/aavae", **tiny)
+    digits_run(folder / "runs/vae", objective__name="vae", **tiny)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(folder, tmp_path_factory):
+    "The address of a JupyterLab on loopback with a token, in a process group that ends with the tests."
+    pytest.importorskip("jupyterlab", reason="no JupyterLab here")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    home = tmp_path_factory.mktemp("jupyter")
+    settings = home / "JUPYTERLAB_SETTINGS_DIR/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(QUIET)
+    env = os.environ | {name: str(home / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
+    env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(NOTEBOOKS.parent.parent), env.get("PYTHONPATH")]))}
+    env.pop("IN_TEST", None)
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.token=secret", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}",
+                                   "--LabApp.news_url=", "--LabApp.expose_app_in_browser=True", "--allow-root"], env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        for _ in range(300):
+            try: socket.create_connection(("127.0.0.1", port), 1).close(); break
+            except OSError: assert server.poll() is None, (home / "log").read_text(); time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try: server.wait(15)
+        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not chromium: pytest.skip("no Chromium here")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright here")
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"])     # WebGL without a GPU
+        yield browser
+        browser.close()
+
+
+class Visit:
+    "A notebook that is opened and run; `errors` holds what the console complained about, `elsewhere` requests to other hosts."
+    def __init__(self, browser, lab: str, name: str):
+        self.page, self.errors, self.elsewhere = browser.new_page(viewport={"width": 1280, "height": 800}), [], []
+        self.page.set_default_timeout(60_000)
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.on("request", lambda r: None if r.url.startswith((lab, lab.replace("http", "ws"), "data:", "blob:")) else self.elsewhere.append(r.url))
+        self.page.goto(f"{lab}/lab/tree/{name}?token=secret&reset")
+        self.page.wait_for_function("window.jupyterapp?.shell.currentWidget && document.querySelector('.jp-Notebook .jp-Cell')")
+        self.page.evaluate("window.jupyterapp.shell.currentWidget.context.sessionContext.ready")
+        self.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        self.page.wait_for_selector(".aavae-explorer")
+        self.box = self.page.locator(".aavae-explorer")
+
+    def move(self, label: str, key: str = "ArrowRight", times: int = 1):
+        "Moves the slider with this label by the keyboard."
+        handle = self.box.locator(".widget-hslider", has=self.page.locator("label", has_text=re.compile(f"^{label}$"))).locator("[role=slider]").last
+        handle.focus()
+        for _ in range(times): handle.press(key)
+
+    def choose(self, label: str, text: str):
+        self.box.locator(".widget-dropdown", has=self.page.locator("label", has_text=re.compile(f"^{label}$"))).locator("select").select_option(label=text)
+
+    def image(self, alt: str, nth: int = 0) -> np.ndarray:
+        "The pixels `(h, w, 4)` of a picture in the box."
+        src = self.box.locator(f'img[alt="{alt}"]').nth(nth).get_attribute("src")
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(src.split(",")[1]))))
+
+    def until(self, check, seconds: float = 30):
+        "Waits until `check` holds; what it last complained about is raised."
+        end = time.time() + seconds
+        while True:
+            try: return check()
+            except AssertionError:
+                if time.time() > end: raise
+            self.page.wait_for_timeout(50)
+
+    def figure(self, expression: str): return self.box.locator(".js-plotly-plot").first.evaluate(f"g => {expression}")
+
+    def close(self):
+        stderr = self.page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]').all_inner_texts()
+        problems = self.box.locator(".aavae-problem").all_inner_texts()
+        self.page.evaluate("window.jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
+        self.page.close()
+        assert (self.errors, self.elsewhere, stderr, problems) == ([], [], [], [])
+
+
+@pytest.fixture
+def visit(browser, lab):
+    opened = []
+    def go(name): opened.append(Visit(browser, lab, name)); return opened[-1]
+    yield go
+    for v in opened: v.close()
+
+
+def same(shown: np.ndarray, x: torch.Tensor):
+    "A strip of pictures is that of images `(n, 3, s, s)` in [0, 1], but for one level of grey."
+    n, _, s, _ = x.shape
+    tiles = shown.reshape(s, n, -1, 4)[:, :, :s].transpose(1, 3, 0, 2)
+    assert tiles[:, 3].min() == 255
+    assert np.abs(tiles[:, :3].astype(int) - (255 * x.clamp(0, 1)).round().numpy().astype(int)).max() <= 1
+
+
+def test_augmentations(visit):
+    from aavae import load_data, preset, random_views, DataConfig
+    from aavae.run import make_config, read_yaml
+    v = visit("1_augmentations.ipynb")
+    v.move("grey p", times=4)
+    v.move("flip", "End")
+    v.move("image", times=3)
+    images, config, index = load_data(DataConfig("digits", image_size=32)).split("test"), preset("digits", views__grey_p=0.2, views__flip=1.0).views, torch.tensor([3])
+    expected = torch.cat([random_views(images.images_at(index), config, 0, k, index) for k in range(6)])
+    v.until(lambda: same(v.image("views 0 – 5"), expected))
+    same(v.image("original"), images.images_at(index) / 255)
+    text = v.box.locator("textarea").input_value()
+    assert "grey_p: 0.2" in text and "flip: 1.0" in text
+
+
+def test_reconstructions(visit, folder):
+    from aavae import Run
+    from aavae.data import permutation
+    v = visit("2_reconstructions.ipynb")
+    v.move("noise t", times=10)
+    v.move("first image", times=2)
+    for nth, name in enumerate(("aavae", "vae")):
+        model, data = Run.load(folder / "runs" / name).model(), Run.load(folder / "runs" / name).data()
+        index = permutation(0, 0, 360)[2:10]
+        with torch.no_grad():
+            mu, std = model.encode(model.view(data.split("test").images_at(index), index, epoch=0))
+            x = model.decode(model.sample(mu, 2.0 * std, index, epoch=0)) * model.normalize.std + model.normalize.mean
+        v.until(lambda: same(v.image("from a sample", nth), x))
+    v.box.locator(".lm-TabBar-tab", has_text="Interpolation").click()
+    v.until(lambda: same(v.image("from and to"), data.split("test").images_at(permutation(0, 0, 360)[:2]) / 255))
+    v.box.locator(".lm-TabBar-tab", has_text="Neighbours").click()
+    v.move("image", times=4)
+    h, query = torch.nn.functional.normalize(Run.load(folder / "runs/vae").features("test").x, dim=1), permutation(0, 0, 360)[4]
+    near = (h @ h[query]).index_fill(0, query, -2).topk(8).indices
+    v.until(lambda: same(v.image("nearest", 1), data.split("test").images_at(near) / 255))
+
+
+def test_similarity(visit, folder):
+    from aavae import Run
+    from aavae.similarity import view_similarity
+    v = visit("4_similarity.ipynb")
+    v.choose("layer", "mu")
+    v.choose("cosines", "raw")
+    v.move("images", "Home")
+    s = view_similarity(Run.load(folder / "runs/aavae"), 2, 6, "mu")
+    def shown():
+        z = np.array([[np.nan if c is None else c for c in row] for row in v.figure("g.data[0].z.map(r => Array.from(r))")], dtype=float)
+        assert z.shape == (13, 13) and np.abs(z[~np.isnan(z)].reshape(12, 12) - s.raw.numpy()).max() < 0.006
+    v.until(shown)
+    # a click on row 9 (image 2, view 3), column 1 (image 1, view 2)
+    x, y = v.figure("[(g.data[0].x[1] + g.data[0].x[2]) / 2, (g.data[0].y[9] + g.data[0].y[10]) / 2]")
+    v.box.locator(".js-plotly-plot").scroll_into_view_if_needed()
+    at = v.figure(f"(b => [b.x + g._fullLayout.xaxis._offset + g._fullLayout.xaxis.l2p({x}), b.y + g._fullLayout.yaxis._offset + g._fullLayout.yaxis.l2p({y})])(g.getBoundingClientRect())")
+    v.page.mouse.move(at[0] - 3, at[1]); v.page.wait_for_timeout(200); v.page.mouse.move(*at); v.page.wait_for_timeout(200); v.page.mouse.click(*at)
+    label = lambda i: Run.load(folder / "runs/aavae").data().split("test").labels[s.index[i]].item()
+    v.until(lambda: same(v.image(f"row: image 2 ({label(1)}), view 3"), s.views[1, 2][None]))
+    same(v.image(f"column: image 1 ({label(0)}), view 2"), s.views[0, 1][None])
+    assert f"cosine {s.raw[8, 1]:.3f}, raw" in v.box.inner_text()
+
+
+def test_map(visit, folder):
+    from aavae import Run
+    from aavae.data import permutation
+    from aavae.maps import pca
+    v = visit("6_map.ipynb")
+    run, index = Run.load(folder / "runs/aavae"), permutation(0, 0, 360)
+    points = pca(run.features("test").x[index])[0]
+    v.until(lambda: np.testing.assert_allclose(v.figure("Array.from(g._fullData[0].x)"), points[:, 0], atol=1e-3))
+    assert v.figure("g._fullData[0].type") == "scattergl" and v.box.locator("canvas.gl-canvas").count()
+    labels = run.data().split("test").labels[index]
+    v.choose("class", "3")
+    v.until(lambda: np.testing.assert_array_equal(v.figure("g._fullData[0].selectedpoints"), (labels == 3).nonzero()[:, 0]))
+    v.choose("class", "all")
+    alone = (torch.cdist(points, points) + 1e9 * torch.eye(360)).min(1).values.argmax().item()          # no other point is near
+    v.box.locator(".js-plotly-plot").scroll_into_view_if_needed()
+    at = v.figure(f"(b => [b.x + g._fullLayout.xaxis._offset + g._fullLayout.xaxis.l2p({points[alone, 0]}), b.y + g._fullLayout.yaxis._offset + g._fullLayout.yaxis.l2p({points[alone, 1]})])(g.getBoundingClientRect())")
+    v.page.mouse.move(at[0] + 2, at[1] + 1); v.page.wait_for_timeout(200); v.page.mouse.move(*at)
+    v.until(lambda: same(v.image(f"{labels[alone]}, image {index[alone]}"), run.data().split("test").images_at(index[alone][None]) / 255))
+    v.box.locator('.modebar-btn[data-title="Lasso Select"]').click()
+    v.until(lambda: np.testing.assert_equal(v.figure("g._fullLayout.dragmode"), "lasso"))
+    v.page.mouse.move(at[0] - 12, at[1] - 12); v.page.mouse.down()
+    for dx, dy in ((12, -12), (12, 12), (-12, 12), (-12, -12)): v.page.mouse.move(at[0] + dx, at[1] + dy, steps=4)
+    v.page.mouse.up()
+    def selected(): assert f"1 selected: {labels[alone]} (1)" in v.box.inner_text()
+    v.until(selected)
