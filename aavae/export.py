@@ -188,7 +188,10 @@ def _finish(out: Path, parts: list[Path], about: dict[str, Any]) -> dict[str, An
     shapes, skipped = [read_part(p)["embedding"].shape for p in parts], out.with_name(f"{out.name}.skipped.txt")
     n, dim = sum(s[0] for s in shapes), max(s[1] for s in shapes)
     lines = sum(len(read_part(p)["skipped"]) for p in parts)
-    if not n: raise InputError(f"none of the {lines:,} images below {about['folder']} can be read ({read_part(parts[0])['skipped'][0]}); check the files")
+    if not n:
+        first = read_part(parts[0])["skipped"][0]
+        shutil.rmtree(parts[0].parent)
+        raise InputError(f"none of the {lines:,} images below {about['folder']} can be read ({first}); check the files")
     about = about | {"n": n, "dim": dim, "skipped": lines}
     skipped.unlink(missing_ok=True)
     if lines:

@@ -167,7 +167,9 @@ def records_table(records: list[dict[str, Any]]) -> str:
     parts = []
     tables = (results_table([r for r in records if r["metric"] in ACCURACIES]), ("objective", "task", *ACCURACIES, "paper")), (other_rows([r for r in records if r["metric"] not in ACCURACIES]), ("objective", "task", "metric", "value"))
     for rows, keep in tables:
-        shared, rows = folded(rows, keep)
+        ordered = lambda row: {c: v for c, v in row.items() if c not in ("epochs", "paper")} | {c: row[c] for c in ("paper",) if c in row}       # views tell more than epochs
+        shared, rows = folded([ordered(row) for row in rows], keep)
+        rows = [ordered(row) for row in rows]
         kind = [(row.get("data", ""), row["task"]) for row in rows]
         parts += [f"In all rows: {shared}." if shared else "", framed(sorted(rows, key=lambda row: kind.index((row.get("data", ""), row["task"]))), "records")]
     return "\n\n".join(filter(None, parts))

@@ -167,3 +167,14 @@ def test_report_of_a_bare_encoder(aavae, tmp_path):
     lines = re.findall(r'class="missing">(.*?)</p>', (run.path / "report.html").read_text())
     assert [line.split(":")[0] for line in lines] == ["Nothing has been measured yet", "No curves of AAVAE", "No reconstructions", "No cosines of AAVAE"]
     assert "gone is not a folder" in lines[-1]
+
+
+def test_one_version():
+    "CITATION.cff, CHANGELOG.md and the package name the same version, and the types are marked as such."
+    import re
+    import yaml
+    import aavae
+    top = Path(__file__).parent.parent
+    assert yaml.safe_load((top / "CITATION.cff").read_text())["version"] == aavae.__version__
+    assert re.search(r"^## (\S+)", (top / "CHANGELOG.md").read_text(), re.M)[1] == aavae.__version__
+    assert (Path(aavae.__file__).parent / "py.typed").is_file()
