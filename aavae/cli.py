@@ -37,7 +37,8 @@ OPTIONS = {"untrained": "use the same network with its initial weights", "epoch"
            "seeds": "one repetition each, '[0, 1, 2]' say", "tune": "choose the learning rate on the validation split", "max_epochs": "passes over the training images", "max_steps": "stop after this many steps, if that is sooner",
            "batch_size": "images per step", "lr": "learning rate; by default the protocol's", "head_lr": "learning rate of the linear layer; by default the protocol's", "weight_decay": "of the optimiser",
            "standardize": "give features zero mean and unit variance first", "ks": "numbers of neighbours", "temperature": "of the neighbours' weights", "fraction": "share of the labels",
-           "list_file": "file that names the labelled images, one a line", "image_size": "side in pixels; by default the run's",
+           "list_file": "file that names the labelled images, one a line", "image_size": "side in pixels; by default the run's, for detection 800, the shorter side in the test", "weights": "file of torchvision's ResNet weights to start from, in place of the run's encoder", "warmup_steps": "steps in which the learning rate rises",
+           "resume": "go on from the last checkpoint", "overwrite": "begin anew",
            "split": "measure this split alone", "samples": "draws for each image, K", "proposal": "what the draws are made from: the posterior of the clean image, or of a random view", "stretch": "factor of the standard deviation that the draws are made with", "n": "images of each split"}
 
 def new_parser(command: str, description: str):

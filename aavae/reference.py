@@ -41,7 +41,7 @@ def takes(kind: Any) -> str:
     "What a parameter of a type takes, in words."
     if get_origin(kind) is Literal: return " ".join(f"`{a}`" for a in get_args(kind))
     if kind in NAMES: return re.sub(r"'([^']*)'", r"`\1`", NAMES[kind]).replace("null", "")
-    if get_origin(kind) in (tuple, list): return "a list of whole numbers" if int in get_args(kind) else "a list of numbers"
+    if get_origin(kind) in (tuple, list): return "a list of " + {int: "whole numbers", float: "numbers"}.get(get_args(kind)[0], "words")
     return " or ".join(filter(None, map(takes, get_args(kind)))) or "text"
 
 # %% ../nbs/22b_reference.ipynb #fb6492f0
