@@ -35,7 +35,7 @@ class ViewFeatures:
         self.run, self.untrained, self.device = run, untrained, run.here.device
         self.encoder, self.model = run.encoder(untrained).to(self.device), None
         self.split = run.data().split(run.data().eval_split)
-        self.order, self.kept = permutation(0, 0, len(self.split)), {}
+        self.order, self.kept, self.pixels = permutation(0, 0, len(self.split)), {}, {}
         self.reference, self.means = self.order[:reference], {}
 
     def seen(self, index: Tensor, view: int) -> Tensor:
@@ -69,7 +69,9 @@ class ViewFeatures:
         index = self.order[first:first + n]
         f = torch.stack([self.layer(name, index, view) for view in range(views)], 1).cpu()           # (n, v, d)
         mean = self.mean(name).cpu()
-        shown = torch.stack([self.seen(index, view).cpu() for view in range(views)], 1)
+        if (key := (n, first)) not in self.pixels: self.pixels = {key: []}               # the views of these images, as far as they were asked for
+        for view in range(len(self.pixels[key]), views): self.pixels[key].append(self.seen(index, view).cpu())
+        shown = torch.stack(self.pixels[key][:views], 1)
         return Similarity(cosines(f.flatten(0, 1), mean).float(), cosines(f.flatten(0, 1)).float(), view_numbers(f, mean), self.split.images_at(index).cpu(), shown, index, self.run.data().eval_split, len(self.reference))
 
 # %% ../nbs/19b_maps.ipynb #6a960575

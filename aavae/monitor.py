@@ -123,9 +123,9 @@ class TrainingMonitor(Explorer):
 
     def _watch(self):
         while True:
-            start = time.perf_counter()
+            start = time.thread_time()
             self.look()
-            time.sleep(min(30, max(MOST_OFTEN, SHARE * (time.perf_counter() - start - self.painting))))
+            time.sleep(min(30, max(MOST_OFTEN, SHARE * (time.thread_time() - start - self.painting))))
 
     def look(self):
         "Reads what is new and shows it."
@@ -150,11 +150,11 @@ class TrainingMonitor(Explorer):
         if self.run is None:
             self.run = Run.load(self.out)
             self.run.data().split(self.run.data().eval_split)                        # reading the images counts once, not each time
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.thread_time()
         rows = reconstructions(self.run, 8)
         self.pictures.value = picture([(name, x, []) for name, x in rows.items()])
-        self.painting = time.perf_counter() - start
-        self.drawn, self.due = newest, time.time() + SHARE * self.painting
+        self.painting = time.thread_time() - began
+        self.drawn, self.due = newest, time.time() + SHARE * (time.perf_counter() - start)
 
     def _show_state(self):
         "One line about the run, and which buttons can be pressed."

@@ -397,6 +397,7 @@ class ReconstructionExplorer(RunExplorer):
     "What one or several runs make of images: reconstructions with their error, interpolations, nearest neighbours. `runs`: a folder, a `Run`, or several."
     def build(self) -> list:
         self.models = {name: run.model().to(run.here.device) for name, run in self.runs.items()}
+        for model in self.models.values(): model.seed = 0                            # the same views and noise for all
         self.features, self.encoded = {}, {}
         data = next(iter(self.runs.values())).data()
         if any(r.data().image_size != data.image_size or r.data().name != data.name for r in self.runs.values()): raise InputError("the runs were trained on different images; give runs on the same data set, or make an explorer for each")

@@ -1,6 +1,7 @@
 "The explorers in a real JupyterLab: each notebook is opened in a headless browser and run, a control is moved, and what is shown is compared with what Python computes."
 import base64
 import io
+import json
 import os
 import re
 import shutil
@@ -20,15 +21,38 @@ NOTEBOOKS = Path(__file__).parent.parent / "nbs" / "explore"
 QUIET = '{"fetchNews": "false", "checkForUpdates": false}'            # no request to another host
 
 
+def made_up_study(out: Path, source: Path, variants: dict[str, dict], milestones: tuple[int, ...]):
+    "Copies of a run with other configurations and with records that are made up, as a study would leave them."
+    from aavae import Run
+    from aavae.run import make_config, make_record
+    for i, (name, changes) in enumerate(variants.items()):
+        shutil.copytree(source, out / "runs" / name)
+        run = Run(out / "runs" / name, make_config(changes, Run.load(source).config))
+        (run.path / "config.yaml").write_text(run.config.to_yaml())
+        for e in milestones:
+            def record(task, metric, value, split="test", **hyperparameters):
+                r = make_record(run, run.data(), task, metric, [value], [run.config.train.seed], split, 360, hyperparameters, time.time())
+                run.add_records([r | {"pretrain": r["pretrain"] | {"epochs": e, "views_seen": 1280 * e}}])
+            record("linear", "top1", 0.6 + 0.01 * e - 0.02 * i)
+            record("knn", "top1", 0.5 + 0.02 * e - 0.03 * i * i + 0.01 * (-1) ** e, k=20)
+            for split in ("train", "test") if len(milestones) > 1 else ():
+                for proposal in ("clean", "view"): record("density", "bpd", 6 - 0.3 * e + 0.1 * (split == "test") + 0.2 * (proposal == "view") + 0.5 * i, split, samples=8, proposal=proposal)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "The notebooks, with two tiny runs where they look for theirs."
+    "The notebooks, with two tiny runs and two made-up studies where they look for theirs."
     from aavae.widgets import digits_run
     folder = tmp_path_factory.mktemp("explore")
-    for path in NOTEBOOKS.glob("*.ipynb"): shutil.copy(path, folder)
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        book = json.loads(path.read_text())
+        for cell in book["cells"]: cell["source"] = [line for line in cell["source"] if not line.startswith("_ = study(")]          # a minute each
+        (folder / path.name).write_text(json.dumps(book))
     tiny = dict(train__max_epochs=2, train__warmup_epochs=1, train__knn_every_n_epochs=1, train__accelerator="cpu")
     digits_run(folder / "runs/aavae", **tiny)
     digits_run(folder / "runs/vae", objective__name="vae", **tiny)
+    made_up_study(folder / "runs/density", folder / "runs/vae", {"vae-seed0": {}, "vae-logscale-learned-seed0": {"objective.learn_logscale": True}}, (2, 4, 6, 8))
+    made_up_study(folder / "runs/beta", folder / "runs/vae", {f"beta{b:g}-seed{s}": {"objective.name": "beta", "objective.beta": b, "train.seed": s} for b in (0.01, 0.1, 10.0) for s in (0, 1)}, (3,))
     return folder
 
 
@@ -220,3 +244,89 @@ def test_map(visit, folder):
     v.page.mouse.up()
     def selected(): assert f"1 selected: {labels[alone]} (1)" in v.box.inner_text()
     v.until(selected)
+
+
+def test_density(visit, folder):
+    "The accuracy that the scatter shows is the one chosen; a box around all milestones gives their rank correlation."
+    from aavae.density import rank_correlation
+    v = visit("3_density.ipynb")
+    records = [r | {"run": path.parent.name} for path in sorted((folder / "runs/density/runs").glob("*/results.json")) for r in json.loads(path.read_text())]
+    v.choose("proposal", "view")
+    v.choose("accuracy", "kNN k=20")
+    accuracy = {(r["run"], r["pretrain"]["views_seen"]): 100 * r["value"] for r in records if r["task"] == "knn" and not r["untrained"] and r["eval"]["hyperparameters"]["k"] == 20}
+    pairs = [(r["value"], accuracy[r["run"], r["pretrain"]["views_seen"]]) for r in records if r["metric"] == "bpd" and not r["untrained"] and r["eval"]["hyperparameters"]["proposal"] == "view" and r["eval"]["split"] != "train"]
+    def shown(): np.testing.assert_allclose(sorted(v.figure("g._fullData.filter(t => t.xaxis == 'x2' && t.hoverinfo != 'skip').flatMap(t => Array.from(t.x, (x, i) => [x, t.y[i]]))")), sorted(map(list, pairs)), atol=1e-4)
+    v.until(shown)
+    rho, low, high = rank_correlation(*map(list, zip(*pairs)))
+    def said(): assert f"{len(pairs)} milestones: rank correlation {rho:.2f} (95% from {low:.2f} to {high:.2f})" in v.box.inner_text()
+    v.until(said)
+    left, top, width, height = v.figure("(b => [b.x + g._fullLayout.xaxis2._offset, b.y + g._fullLayout.yaxis2._offset, g._fullLayout.xaxis2._length, g._fullLayout.yaxis2._length])(g.getBoundingClientRect())")
+    v.page.mouse.move(left + 2, top + 2); v.page.mouse.down(); v.page.mouse.move(left + width - 2, top + height - 2, steps=8); v.page.mouse.up()
+    def chosen(): assert f"{len(pairs)} milestones chosen: rank correlation {rho:.2f}" in v.box.inner_text()
+    v.until(chosen)
+
+
+def test_sensitivity(visit, folder):
+    "The points are the means of the records; a click on one opens a run behind it."
+    v = visit("5_sensitivity.ipynb")
+    v.choose("measure", "kNN k=20")
+    by = {}
+    for path in sorted((folder / "runs/beta/runs").glob("*/results.json")):
+        for r in json.loads(path.read_text()):
+            if r["task"] == "knn" and r["metric"] == "top1" and not r["untrained"] and r["eval"]["hyperparameters"]["k"] == 20: by.setdefault(r["beta"], []).append(100 * r["value"])
+    means = [sum(by[b]) / len(by[b]) for b in sorted(by)]
+    assert [len(x) for x in by.values()] == [2, 2, 2]
+    def shown(): assert list(v.figure("Array.from(g._fullData[0].y)")) == pytest.approx(means)
+    v.until(shown)
+    v.box.locator(".js-plotly-plot").scroll_into_view_if_needed()
+    at = v.figure("(b => [b.x + g._fullLayout.xaxis._offset + g._fullLayout.xaxis.d2p('0.1'), b.y + g._fullLayout.yaxis._offset + g._fullLayout.yaxis.d2p(g._fullData[0].y[1])])(g.getBoundingClientRect())")
+    v.page.mouse.move(at[0] - 3, at[1]); v.page.wait_for_timeout(200); v.page.mouse.move(*at); v.page.wait_for_timeout(200); v.page.mouse.click(*at)
+    v.box.get_by_role("button", name="Open beta0.1-seed1").click()
+    from aavae import Run
+    from aavae.plots import reconstructions
+    expected = reconstructions(Run.load(folder / "runs/beta/runs/beta0.1-seed1"), 8)["reconstruction from the mean"]
+    v.until(lambda: same(v.image("from the mean"), expected))
+
+
+def test_training(visit, folder, aavae):
+    "The monitor shows a run, starts one, stops it and resumes it; what it draws is what metrics.csv holds."
+    from aavae import Run
+    v = visit("7_training.ipynb")
+    state = lambda: v.box.locator(".aavae-state").inner_text()
+    def says(text): assert text in state(), state() + "".join(v.box.locator(".aavae-problem").all_inner_texts())
+    v.until(lambda: says("finished after 2 epochs"))
+    field = lambda label: v.box.locator(".widget-text", has=v.page.locator("label", has_text=re.compile(f"^{label}$"))).locator("input")
+    for label, text in (("arguments", "--train.max_epochs 60 --train.knn_every_n_epochs 1 --train.accelerator cpu"), ("folder", "runs/new")): field(label).fill(text); field(label).press("Enter")
+    v.until(lambda: says("no run yet"))
+    v.box.get_by_role("button", name="Start").click()
+    def drawn(): assert len(v.figure("Array.from(g._fullData[0].x || [])")) > 3
+    v.until(drawn, 60)
+    says("training")
+    v.box.get_by_role("button", name="Stop").click()
+    v.until(lambda: says("stopped at epoch"))
+    done = Run.load(folder / "runs/new").facts["epochs"]
+    field("arguments").fill(f"--train.max_epochs {int(done) + 2}"); field("arguments").press("Enter")
+    v.box.get_by_role("button", name="Resume").click()
+    v.until(lambda: says(f"finished after {int(done) + 2} epochs"), 60)
+    metrics = Run.load(folder / "runs/new").metrics()
+    knn = [100 * k for k in metrics["knn_top1"] if k is not None]
+    def all_of_it(): assert list(v.figure("Array.from(g._fullData[5].y)")) == pytest.approx(knn, abs=1e-3)
+    v.until(all_of_it)
+    assert v.box.locator('img[alt="reconstruction from the mean"]').count() == 1
+
+
+def test_no_run_yet(browser, lab, folder):
+    "Without a run the explorer offers the digits run; a run that is damaged is one line; the kernel lives on."
+    book = {"cells": [{"cell_type": "code", "execution_count": None, "id": f"c{i}", "metadata": {}, "outputs": [], "source": text} for i, text in enumerate((
+                "from aavae.widgets import ReconstructionExplorer\nReconstructionExplorer('runs/none')", "ReconstructionExplorer('runs/damaged')", "print(6 * 7)"))],
+            "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}
+    (folder / "none.ipynb").write_text(json.dumps(book))
+    shutil.copytree(folder / "runs/vae", folder / "runs/damaged")
+    (folder / "runs/damaged/encoder.safetensors").write_bytes(b"no")
+    v = Visit(browser, lab, "none.ipynb")
+    def there(): assert "42" in v.page.locator(".jp-OutputArea-output").last.inner_text()
+    v.until(there)
+    problems = v.page.locator(".aavae-problem").all_inner_texts()
+    assert len(problems) == 2 and "there is no run in runs/none yet" in problems[0] and "is not an encoder of aavae, or is damaged" in problems[1]
+    assert v.page.get_by_role("button", name="Make the digits run (one minute)").count() == 1 and not v.errors and not v.page.locator('[data-mime-type="application/vnd.jupyter.error"]').count()
+    v.page.close()
