@@ -166,8 +166,8 @@ class Options:
     only: tuple[str, ...] = ()  # variants to do, all if none is named
     max_views: int | None = None  # budget of a run in views, instead of epochs
     max_minutes: float | None = None  # budget of a run in minutes of training, instead of epochs
-    samples: int = 128  # K of the importance-weighted bound of the density study
-    images: int = 500  # images of which the density study estimates the likelihood, in each split
+    samples: int = 64  # K of the importance-weighted bound of the density study
+    images: int = 200  # images of which the density study estimates the likelihood, in each split
     classify_root: str | None = None  # folder of other images, for the transfer study
     detect_root: str | None = None  # folder in Pascal VOC's format, for the transfer study
     detect_steps: int | None = None  # steps of detection, instead of the protocol's

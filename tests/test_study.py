@@ -78,3 +78,21 @@ def test_spread(whole, quick_aavae, tmp_path):
     done = quick_aavae("study", "beta", *FLAGS, "--out", out, "--executor", "local", "--jobs", "2", timeout=500)
     assert done.returncode == 0, done.stderr
     assert values(out) == values(whole)
+
+
+BLOCKS = {"density and accuracy": ["density", "--only", "[aavae]", "--max_minutes", "0.05"], "cosines": ["similarity", "--only", "[aavae]", "--max_minutes", "0.05"], "six objectives": ["table1", "--train.max_epochs", "2"],
+          "three seeds": ["table1", "--only", "[aavae, vae-beta0.1]", "--seeds", "[0, 1]", "--model.encoder", "resnet18", "--model.decoder", "resnet18", "--train.max_epochs", "1"],
+          "large batch": ["table1", "--only", "[aavae]", "--train.batch_size", "64", "--train.lr", "1e-3", "--train.schedule", "cosine", "--train.max_epochs", "2"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_for_a_gpu(quick_aavae, cifar, tmp_path, name):
+    "The commands of the tutorial `reproduce` for a GPU, with the paper's scale and small networks and budgets."
+    command = BLOCKS[name]
+    small = {"--data.name": "folder", "--data.root": cifar, "--data.val_size": 40, "--model.encoder": "resnet18", "--model.decoder": "resnet18", "--model.width": 0.125, "--train.batch_size": 64, "--train.warmup_epochs": 1,
+             "--train.knn_every_n_epochs": 0, "--samples": 4, "--images": 8, "--out": tmp_path / "gpu", "--train.accelerator": "cpu"}
+    given = [str(v) for k, value in small.items() if k not in command for v in (k, value)]
+    done = quick_aavae("study", command[0], "--preset", "cifar10", "--scale", "paper", *given, *command[1:], timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "gpu" / f"{command[0]}.md").exists()
