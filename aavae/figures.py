@@ -152,6 +152,8 @@ def sensitivity_figure(found: list[dict[str, Any]], measure: str = "linear") -> 
                             marker=dict(size=9), hovertemplate="%{x}: %{y:.2f}%", **place)
             fig.update_xaxes(title_text=name, type="category", **place)
         fig.update_yaxes(title_text=f"{measure} (%)", **place)
+    shown = [y for trace in fig.data for y in trace.y]
+    if shown: fig.update_yaxes(range=[min(shown) - 1 - 0.1 * (max(shown) - min(shown)), max(shown) + 1 + 0.1 * (max(shown) - min(shown))])       # one scale, so that small differences look small
     return _finish(fig, 720)
 
 # %% ../nbs/17b_figures.ipynb #ff9df58a
@@ -176,7 +178,7 @@ FIGURES = {"table1": accuracy_curves, "semi": value_bars, "transfer": value_bars
 def write_figure(study: str, found: list[dict[str, Any]], path: str | Path) -> Path:
     "Draws a study to a self-contained page at `path`, and beside it as PNG if there is a browser; returns `path`."
     path, fig = Path(path), FIGURES[study](found)
-    page = fig.update_layout(autosize=True).to_html(include_plotlyjs=True, full_html=True, config={"responsive": True, "displaylogo": False}, default_width="100%")
+    page = fig.update_layout(autosize=True).to_html(include_plotlyjs=True, full_html=True, config={"responsive": True, "displayModeBar": False}, default_width="100%")
     page = page.replace("<head>", f'<head><title>{escape(study)}</title><style>:root{{color-scheme:light dark}}body{{margin:16px auto;max-width:1100px}}</style>', 1)
     with atomic(path) as f: f.write(page.encode())
     picture(path, path.with_suffix(".png"), 1132, int(fig.layout.height) + 32)

@@ -84,17 +84,6 @@ def lab(folder, tmp_path_factory):
         except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not chromium: pytest.skip("no Chromium here")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright here")
-    with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"])     # WebGL without a GPU
-        yield browser
-        browser.close()
-
-
 class Visit:
     "A notebook that is opened and run; `errors` holds what the console complained about, `elsewhere` requests to other hosts."
     def __init__(self, browser, lab: str, name: str):
@@ -161,7 +150,6 @@ def same(shown: np.ndarray, x: torch.Tensor):
 
 def test_augmentations(visit):
     from aavae import load_data, preset, random_views, DataConfig
-    from aavae.run import make_config, read_yaml
     v = visit("1_augmentations.ipynb")
     v.move("grey p", times=4)
     v.move("flip", "End")
@@ -234,15 +222,22 @@ def test_map(visit, folder):
     v.choose("class", "all")
     alone = (torch.cdist(points, points) + 1e9 * torch.eye(360)).min(1).values.argmax().item()          # no other point is near
     v.box.locator(".js-plotly-plot").scroll_into_view_if_needed()
-    at = v.figure(f"(b => [b.x + g._fullLayout.xaxis._offset + g._fullLayout.xaxis.l2p({points[alone, 0]}), b.y + g._fullLayout.yaxis._offset + g._fullLayout.yaxis.l2p({points[alone, 1]})])(g.getBoundingClientRect())")
+    def place(): return v.figure(f"(b => [b.x + g._fullLayout.xaxis._offset + g._fullLayout.xaxis.l2p({points[alone, 0]}), b.y + g._fullLayout.yaxis._offset + g._fullLayout.yaxis.l2p({points[alone, 1]})])(g.getBoundingClientRect())")
+    at = place()
     v.page.mouse.move(at[0] + 2, at[1] + 1); v.page.wait_for_timeout(200); v.page.mouse.move(*at)
     v.until(lambda: same(v.image(f"{labels[alone]}, image {index[alone]}"), run.data().split("test").images_at(index[alone][None]) / 255))
     v.box.locator('.modebar-btn[data-title="Lasso Select"]').click()
     v.until(lambda: np.testing.assert_equal(v.figure("g._fullLayout.dragmode"), "lasso"))
-    v.page.mouse.move(at[0] - 12, at[1] - 12); v.page.mouse.down()
-    for dx, dy in ((12, -12), (12, 12), (-12, 12), (-12, -12)): v.page.mouse.move(at[0] + dx, at[1] + dy, steps=4)
-    v.page.mouse.up()
-    def selected(): assert f"1 selected: {labels[alone]} (1)" in v.box.inner_text()
+    def selected():
+        "A lasso around the point, slow enough for plotly to see each corner."
+        x, y = place()
+        v.page.mouse.move(x - 12, y - 12); v.page.mouse.down()
+        for dx, dy in ((12, -12), (12, 12), (-12, 12), (-12, -12)):
+            v.page.mouse.move(x + dx, y + dy, steps=4)
+            v.page.wait_for_timeout(100)
+        v.page.mouse.up()
+        v.page.wait_for_timeout(1000)
+        assert f"1 selected: {labels[alone]} (1)" in v.box.inner_text()
     v.until(selected)
 
 
