@@ -141,18 +141,18 @@ def turned_digits(folder: Path) -> DataConfig:
             write_png(255 - x.rot90(1, (1, 2)).contiguous(), str(path))
     return DataConfig(name="folder", root=str(folder))
 
-def other_images(job: Job, out: Path, root: str | None) -> DataConfig:
+def other_images(config: Config, out: Path, root: str | None) -> DataConfig:
     "The images that a classifier of Table 3 learns. Raises `InputError` if there are none."
     if root is not None: return DataConfig(name="folder", root=root)
-    if job.config.data.name == "digits": return turned_digits(out / "turned-digits")
+    if config.data.name == "digits": return turned_digits(out / "turned-digits")
     raise InputError("the study transfer needs other images; name a folder of them by --classify_root, of photos with boxes in Pascal VOC's format by --detect_root")
 
 def measure(run: Run, task: Task, out: Path, epoch: int | None = None):
     "Makes the records of a task and adds them to the run."
     options = dict(task.options) | ({"untrained": True} if task.untrained else {}) | ({"epoch": epoch} if epoch is not None else {})
     if task.name in [*TASKS, *LATER]: run.evaluate(task.name, **options)
-    elif task.name == "classify": classify(run, other_images(Job("", run.config, []), out, options.pop("root")), **options)
-    elif task.name == "supervised": run.evaluate("semi", other_images(Job("", run.config, []), out, options.pop("root")), fraction=1.0, untrained=True, **options)
+    elif task.name == "classify": classify(run, other_images(run.config, out, options.pop("root")), **options)
+    elif task.name == "supervised": run.evaluate("semi", other_images(run.config, out, options.pop("root")), fraction=1.0, untrained=True, **options)
     elif task.name == "detect":
         from aavae.detect import detect
         detect(run, options.pop("root"), **options)
@@ -188,7 +188,7 @@ def tasks(study: str, variant: str, config: Config, o: Options) -> list[Task]:
         found = []
         if o.classify_root or config.data.name == "digits": found += [Task("classify", {"root": o.classify_root}, untrained=u) for u in (False, True)[:1 + fresh]] + [Task("supervised", {"root": o.classify_root})] * fresh
         if o.detect_root: found += [Task("detect", {"root": o.detect_root} | ({"max_steps": o.detect_steps} if o.detect_steps else {}), untrained=u) for u in (False, True)[:1 + fresh]]
-        if not found: other_images(Job("", config, []), Path("."), None)
+        if not found: other_images(config, Path("."), None)
         return found
     if study == "density": return PROBES + [Task("density", {"samples": o.samples, "n": o.images, "proposal": p}, milestones=True) for p in ("clean", "view")]
     if study == "beta": return PROBES + [Task("posterior")] + FRESH * fresh
