@@ -50,6 +50,7 @@ class AAVAE(L.LightningModule):
         self.objective, self.views, self.seed = objective, views, seed
         self.normalize = Normalize(mean, std)
         self.logscale = nn.Parameter(torch.tensor(float(objective.logscale)), requires_grad=objective.learn_logscale)
+        self.graphs = False                                          # whether the networks are CUDA graphs
         self.optim = dict(lr=2.5e-4, warmup_steps=0, total_steps=None, schedule="constant", weight_decay=0.0, clip=None)
         self.to(memory_format=torch.channels_last)
 
@@ -78,6 +79,7 @@ class AAVAE(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor, int], _: int = 0) -> dict[str, Tensor]:
         "The loss of a batch (images `(n, 3, s, s)` 8-bit, or pairs of them and crops for the views `(n, 2, 3, s, s)`, their indices `(n,)`, the epoch) and its parts, means over the batch in nats."
+        if self.graphs: torch.compiler.cudagraph_mark_step_begin()   # what the graphs gave in the last step may be overwritten
         images, index, epoch = batch
         paired = images.ndim == 5
         images, seen = images.unbind(1) if paired else (images, images)
@@ -135,18 +137,24 @@ def build_model(model: ModelConfig, objective: ObjectiveConfig, views: ViewsConf
     return AAVAE(encoder, projection, decoder, objective, views, mean, std, seed)
 
 # %% ../nbs/05_model.ipynb #7d085fc0
-def compile_networks(model: AAVAE, batch: tuple[Tensor, Tensor, int], bf16: bool = False) -> str | None:
-    "Compiles encoder, projection and decoder for batches like `batch`. Returns None, or why they stay uncompiled; weights and buffers do not change."
-    networks = (model.encoder, model.projection, model.decoder)
+def compile_networks(model: AAVAE, batch: tuple[Tensor, Tensor, int], bf16: bool = False, graphs: bool = False) -> str | None:
+    "Compiles encoder, projection and decoder for batches like `batch`, as CUDA graphs if `graphs`. Returns None, or what of it failed and why; weights and buffers do not change."
+    networks, told = (model.encoder, model.projection, model.decoder), None
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    try:
-        for network in networks: network.compile()
-        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=bf16): loss = model.training_step(batch)["loss"]
-        loss.backward()
-    except Exception as e:                           # a missing compiler, an unsupported GPU, a bug: whatever it is, training can go on
-        for network in networks: network._compiled_call_impl = None
-        return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
-    finally:
-        model.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, b in model.named_buffers(): b.copy_(buffers[name])
+    for model.graphs in (True, False)[not graphs:]:
+        try:
+            for network in networks: network.compile(mode="reduce-overhead" if model.graphs else None)
+            for _ in range(3 if model.graphs else 1):
+                with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=bf16): loss = model.training_step(batch)["loss"]
+                model.zero_grad(set_to_none=True)
+                loss.backward()
+            return told
+        except Exception as e:                       # a missing compiler, an unsupported GPU, a bug: whatever it is, training can go on
+            for network in networks: network._compiled_call_impl = None
+            torch.compiler.reset()
+            told = f"the networks are {'compiled without CUDA graphs' if model.graphs else 'not compiled'} ({type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]})"
+        finally:
+            model.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for name, b in model.named_buffers(): b.copy_(buffers[name])
+    return told

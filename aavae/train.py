@@ -430,8 +430,9 @@ def _is_done(path: Path, model: AAVAE, data: ImageData, total: int, ranks: Ranks
 
 def _compile(model: AAVAE, batches: Batches, bf16: bool, ranks: Ranks):
     images, index, epoch = batches[0]
-    problem = compile_networks(model, (images.to(ranks.device), index.to(ranks.device), epoch), bf16)
-    if problem and ranks.first: print(f"note: the networks are not compiled ({problem})", file=sys.stderr)
+    graphs = ranks.device.type == "cuda" and ranks.world == 1 and batches.accumulate == 1        # several backward passes would share the graph's memory
+    told = compile_networks(model, (images.to(ranks.device), index.to(ranks.device), epoch), bf16, graphs)
+    if told and ranks.first: print(f"note: {told}", file=sys.stderr)
 
 def _fits(checkpoint: dict, model: AAVAE) -> bool:
     "Whether the weights and the optimiser's state have the names and shapes of `model`, and the rest is there."
