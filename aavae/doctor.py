@@ -170,7 +170,8 @@ def check_data(config: Config) -> tuple[str, list[str]]:
     lines = [f"{data.label}; evaluations report the {data.eval_split} split" if {"val", "test"} & set(data.splits) else f"{data.label}; it has no split to evaluate on", "", format_table(rows), "", stats]
     lines += _files(data, config.data.root) + [f"note: {n}" for n in data.notes + _balance(data)]
     lines += [f"duplicates: {d}" for d in duplicates(data) or ["none"]]
-    per_image = seconds_per_image(config, data)
+    per_image, t = seconds_per_image(config, data), config.train
+    views = min(t.max_epochs * len(train), (t.max_steps or float("inf")) * t.batch_size)
     epoch, what = per_image * len(train), f"{config.model.encoder}{f' x{config.model.width:g}' if config.model.width != 1 else ''}"
-    lines.append(f"an epoch of {what} will take about {duration(epoch)} here ({1 / per_image:,.0f} images/s), all {config.train.max_epochs:,} about {duration(epoch * config.train.max_epochs)}")
+    lines.append(f"an epoch of {what} will take about {duration(epoch)} here ({1 / per_image:,.0f} images/s), the whole run of {views / len(train):,.4g} epochs about {duration(per_image * views)}")
     return "\n".join(lines), data.skipped

@@ -74,8 +74,8 @@ def test_fast_path_follows_float32(device, cifar, tmp_path, capfd):
 
 
 def test_exact_resume(device, quick_aavae, tmp_path):
-    "A run on the GPU that is stopped and resumed ends with the weights and the Adam state of one that was not."
-    flags = ["--preset", "digits", "--train.max_epochs", "4", "--train.knn_every_n_epochs", "0", "--train.accelerator", device.type]
+    "A run on the GPU that is stopped and resumed ends with the weights and the Adam state of one that was not. (Without max-pool: its gradient on a GPU is a sum in no fixed order.)"
+    flags = ["--preset", "digits", "--train.max_epochs", "4", "--train.knn_every_n_epochs", "0", "--train.accelerator", device.type, "--model.maxpool", "false"]
     assert quick_aavae("pretrain", *flags, "--out", tmp_path / "whole").returncode == 0
     assert quick_aavae("pretrain", *flags[:2], "--train.max_epochs", "4", "--train.max_steps", "33", *flags[4:], "--out", tmp_path / "parts").returncode == 0
     done = quick_aavae("pretrain", *flags, "--out", tmp_path / "parts", "--resume", "true", "--train.max_steps", "null")
