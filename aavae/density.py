@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .augment import random_views
+from .augment import split_views
 from .data import ImageData, InputError, permutation, progress, uniform
 from .loss import ObjectiveConfig, gaussian_log_likelihood
 from .model import AAVAE
@@ -84,9 +84,8 @@ def density(run: Run, data: ImageData | None = None, epoch: int | None = None, s
     data, device = data or run.data(), run.here.device
     model = (run.fresh_model() if untrained else run.model(epoch)).eval().requires_grad_(False).to(device)
     def weights(index: Tensor, part) -> Tensor:
-        images, index = part.images_at(index).to(device), index.to(device)
-        seen = model.normalize(random_views(images, run.config.views, model.seed, UNSEEN, index)) if proposal == "view" else None
-        return log_weights(model, model.normalize(images), index, samples, seen, stretch).cpu()
+        seen = model.normalize(split_views(part, index, run.config.views, model.seed, UNSEEN, device)) if proposal == "view" else None
+        return log_weights(model, model.normalize(part.images_at(index).to(device)), index.to(device), samples, seen, stretch).cpu()
     records = []
     for name in [split] if split else ["train", data.eval_split]:
         started, part = time.time(), data.split(name)

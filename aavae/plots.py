@@ -18,6 +18,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from .augment import split_views
 from .data import permutation
 from .run import Run
 from .similarity import Similarity
@@ -106,7 +107,7 @@ def reconstructions(run: Run, n: int = 8, views: int = 1, split: str | None = No
     views = views if model.objective.augment else 1
     for v in range(views):
         number = f" {v + 1}" if views > 1 else ""
-        view = model.view(original, index, epoch=v)
+        view = model.normalize(split_views(images, index, model.views, seed, v)) if model.objective.augment else rows["original"]
         mu, std = model.encode(view)
         if model.objective.augment: rows[f"view{number}"] = view
         rows[f"reconstruction from the mean{number}"] = model.decode(mu)
