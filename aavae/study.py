@@ -6,8 +6,8 @@
 __all__ = ['SMALL', 'PROBES', 'FRESH', 'LOGSCALES', 'LAYERS', 'STUDIES', 'ACTIVE', 'SHARES', 'UNSHOWN', 'scaled', 'Task', 'Job',
            'variants', 'active_dimensions', 'posterior', 'similarity', 'turned_digits', 'other_images', 'measure',
            'Options', 'tasks', 'plan', 'Done', 'work', 'train_job', 'run_job', 'check', 'spread', 'study', 'state',
-           'dry_run', 'points', 'column', 'final', 'spread_over_seeds', 'study_table', 'course', 'findings',
-           'write_study']
+           'dry_run', 'run_points', 'points', 'column', 'final', 'spread_over_seeds', 'study_table', 'course',
+           'findings', 'write_study']
 
 # %% ../nbs/14_study.ipynb #04bdcd18
 import json
@@ -30,7 +30,7 @@ from .loss import gaussian_kl
 from .ranks import Failed, Interrupted
 from .run import Config, Run, atomic, encoder_facts, make_config, make_record, read_records, writer
 from .similarity import view_similarity
-from .train import RESUMABLE, preset, pretrain, scaled_to_batch
+from .train import changed, preset, pretrain, scaled_to_batch
 from .transfer import classify
 
 # %% ../nbs/14_study.ipynb #e68a530e
@@ -284,10 +284,7 @@ def check(jobs: list[Job], out: Path):
     for job in jobs:
         folder = out / "runs" / job.name
         if not (folder / "config.yaml").is_file(): continue
-        stored = Run.load(folder).config.flat()
-        for name, value in job.config.flat().items():
-            if value != stored[name] and name not in RESUMABLE:
-                raise InputError(f"{folder} was made with {name} {stored[name]}, this study has {value}; choose another --out, or the same configuration")
+        for name, value, old in changed(job.config, Run.load(folder).config): raise InputError(f"{folder} was made with {name} {old}, this study has {value}; choose another --out, or the same configuration")
 
 # %% ../nbs/14_study.ipynb #2189101f
 def _group(jobs: list[Job], out: Path, retry: bool, threads: int | None) -> dict[str, dict[str, str]]:
@@ -371,14 +368,16 @@ def dry_run(name: str, base: Config, out: str | Path, options: Options | None = 
     return f"{format_table(rows)}\n\n{len(rows)} runs; {end}"
 
 # %% ../nbs/14_study.ipynb #7c7bbd4a
+def run_points(folder: Path) -> list[dict[str, Any]]:
+    "Every record of the run in `folder`, with `run`, `variant`, `config` (flat) and `path` added."
+    config, name = Run.load(folder).config, Path(os.path.abspath(folder)).name
+    variant = name.removesuffix(f"-seed{config.train.seed}").removesuffix(f"-s{config.train.seed}")
+    return [r | {"run": name, "variant": "untrained" if r["untrained"] else variant, "config": config.flat(), "path": folder} for r in read_records(folder / "results.json")]
+
 def points(out: str | Path, names: list[str] | None = None) -> list[dict[str, Any]]:
-    "Every record of the runs in `out/runs`, or of those called `names`: the record with `run`, `variant` and `config` (flat) added."
-    found = []
-    for folder in sorted(p.parent for p in (Path(out) / "runs").glob("*/config.yaml")):
-        if names is not None and folder.name not in names: continue
-        config = Run.load(folder).config
-        variant = folder.name.removesuffix(f"-seed{config.train.seed}")
-        found += [r | {"run": folder.name, "variant": "untrained" if r["untrained"] else variant, "config": config.flat()} for r in read_records(folder / "results.json")]
+    "The points of the runs in `out/runs`, or of those called `names`, in order of the names."
+    folders = sorted(p.parent for p in (Path(out) / "runs").glob("*/config.yaml"))
+    found = [p for folder in folders if names is None or folder.name in names for p in run_points(folder)]
     order = {n.rsplit("-seed", 1)[0]: i for i, n in enumerate(names or [])}
     return sorted(found, key=lambda p: (order.get(p["variant"], -1), p["run"], p["pretrain"]["epochs"]))
 
