@@ -23,7 +23,7 @@ from . import cli
 from .bench import format_bench
 from .evaluate import format_table, results_table
 from .run import NAMES, SECTIONS, TYPES, Config
-from .study import final, run_points
+from .study import final, findings, run_points
 from .train import PRESETS, preset
 
 # %% ../nbs/22b_reference.ipynb #d1738fb4
@@ -169,17 +169,18 @@ def records_table(records: list[dict[str, Any]]) -> str:
     return "\n\n".join(filter(None, parts))
 
 def results_reference(root: str | Path) -> str:
-    "Every study under `root` with its circumstances and tables, in Markdown."
+    "Every study under `root` with its circumstances, tables and findings, in Markdown."
     parts = []
     for name, records in studies(root).items():
         end = final(records)
         parts += [f"## {name}", circumstances(end)]
+        said = "\n".join(f"- {s}" for s in findings(records))
         written = [re.sub(r"^# ", "### ", p.read_text("utf-8")).strip() for p in sorted((Path(root) / name).glob("*.md"))]
         tables = records_table(end)
-        parts += [*written, f"<details><summary>All records</summary>\n\n{tables}\n\n</details>"] if written else [tables]
+        parts += [*written, f"<details><summary>All records</summary>\n\n{tables}\n\n</details>"] if written else [said, tables]
     bench = Path(root) / "bench.json"
     if bench.is_file(): parts += ["## Speed and memory", f"```text\n{format_bench(json.loads(bench.read_text()))}\n```"]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 # %% ../nbs/22b_reference.ipynb #fc0e4f2f
 def progress_figure(records: list[dict[str, Any]], task: str = "linear"):
