@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACCURACIES', 'typed', 'framed', 'takes', 'parser_of', 'parsers', 'flags', 'usage', 'command_reference', 'field_rows',
-           'field_reference', 'studies', 'last', 'folded', 'circumstances', 'other_rows', 'records_table',
-           'results_reference', 'progress_figure']
+           'field_reference', 'studies', 'folded', 'circumstances', 'other_rows', 'records_table', 'results_reference',
+           'progress_figure']
 
 # %% ../nbs/22b_reference.ipynb #7dd537c2
 import inspect
@@ -22,7 +22,8 @@ from unittest import mock
 from . import cli
 from .bench import format_bench
 from .evaluate import format_table, results_table
-from .run import NAMES, SECTIONS, TYPES, Config, read_records
+from .run import NAMES, SECTIONS, TYPES, Config
+from .study import final, findings, run_points
 from .train import PRESETS, preset
 
 # %% ../nbs/22b_reference.ipynb #d1738fb4
@@ -122,17 +123,10 @@ def field_reference() -> str:
 ACCURACIES = ("top1", "top5", "ap", "ap50", "ap75")
 
 def studies(root: str | Path) -> dict[str, list[dict[str, Any]]]:
-    "All records under `root` by the name of the folder in it."
+    "The points of all runs under `root`, by the name of the folder in it."
     found = {}
-    for path in sorted(Path(root).rglob("results.json")): found.setdefault(path.relative_to(root).parts[0], []).extend(read_records(path))
+    for path in sorted(Path(root).rglob("results.json")): found.setdefault(path.relative_to(root).parts[0], []).extend(run_points(path.parent))
     return found
-
-def last(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    "The records without those of milestones: what each run was in the end, and the untrained network."
-    run = lambda r: json.dumps([r[k] for k in ("objective", "beta", "target", "encoder", "decoder", "width", "latent_dim")] + [r["pretrain"]["seed"], r["provenance"]["config_sha256"]])
-    end = {}
-    for r in records: end[run(r)] = max(end.get(run(r), 0), r["pretrain"]["epochs"])
-    return [r for r in records if r["untrained"] or r["pretrain"]["epochs"] == end[run(r)]]
 
 def folded(rows: list[dict[str, str]], keep: tuple[str, ...]) -> tuple[str, list[dict[str, str]]]:
     "What all rows agree on as text, and the rows without it; a row with nothing in a column agrees."
@@ -175,17 +169,18 @@ def records_table(records: list[dict[str, Any]]) -> str:
     return "\n\n".join(filter(None, parts))
 
 def results_reference(root: str | Path) -> str:
-    "Every study under `root` with its circumstances and tables, in Markdown."
+    "Every study under `root` with its circumstances, tables and findings, in Markdown."
     parts = []
     for name, records in studies(root).items():
-        end = last(records)
+        end = final(records)
         parts += [f"## {name}", circumstances(end)]
+        said = "\n".join(f"- {s}" for s in findings(records))
         written = [re.sub(r"^# ", "### ", p.read_text("utf-8")).strip() for p in sorted((Path(root) / name).glob("*.md"))]
         tables = records_table(end)
-        parts += [*written, f"<details><summary>All records</summary>\n\n{tables}\n\n</details>"] if written else [tables]
+        parts += [*written, f"<details><summary>All records</summary>\n\n{tables}\n\n</details>"] if written else [said, tables]
     bench = Path(root) / "bench.json"
     if bench.is_file(): parts += ["## Speed and memory", f"```text\n{format_bench(json.loads(bench.read_text()))}\n```"]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 # %% ../nbs/22b_reference.ipynb #fc0e4f2f
 def progress_figure(records: list[dict[str, Any]], task: str = "linear"):

@@ -6,8 +6,8 @@
 __all__ = ['SMALL', 'PROBES', 'FRESH', 'LOGSCALES', 'LAYERS', 'STUDIES', 'ACTIVE', 'SHARES', 'UNSHOWN', 'scaled', 'Task', 'Job',
            'variants', 'active_dimensions', 'posterior', 'similarity', 'turned_digits', 'other_images', 'measure',
            'Options', 'tasks', 'plan', 'Done', 'work', 'train_job', 'run_job', 'check', 'spread', 'study', 'state',
-           'dry_run', 'points', 'column', 'final', 'spread_over_seeds', 'study_table', 'course', 'findings',
-           'write_study']
+           'dry_run', 'run_points', 'points', 'column', 'final', 'spread_over_seeds', 'study_table', 'course', 'paired',
+           'ahead', 'standing', 'amount', 'since', 'crossing', 'deterioration', 'findings', 'write_study']
 
 # %% ../nbs/14_study.ipynb #04bdcd18
 import json
@@ -30,7 +30,7 @@ from .loss import gaussian_kl
 from .ranks import Failed, Interrupted
 from .run import Config, Run, atomic, encoder_facts, make_config, make_record, read_records, writer
 from .similarity import view_similarity
-from .train import RESUMABLE, preset, pretrain, scaled_to_batch
+from .train import changed, preset, pretrain, scaled_to_batch
 from .transfer import classify
 
 # %% ../nbs/14_study.ipynb #e68a530e
@@ -284,10 +284,7 @@ def check(jobs: list[Job], out: Path):
     for job in jobs:
         folder = out / "runs" / job.name
         if not (folder / "config.yaml").is_file(): continue
-        stored = Run.load(folder).config.flat()
-        for name, value in job.config.flat().items():
-            if value != stored[name] and name not in RESUMABLE:
-                raise InputError(f"{folder} was made with {name} {stored[name]}, this study has {value}; choose another --out, or the same configuration")
+        for name, value, old in changed(job.config, Run.load(folder).config): raise InputError(f"{folder} was made with {name} {old}, this study has {value}; choose another --out, or the same configuration")
 
 # %% ../nbs/14_study.ipynb #2189101f
 def _group(jobs: list[Job], out: Path, retry: bool, threads: int | None) -> dict[str, dict[str, str]]:
@@ -371,14 +368,16 @@ def dry_run(name: str, base: Config, out: str | Path, options: Options | None = 
     return f"{format_table(rows)}\n\n{len(rows)} runs; {end}"
 
 # %% ../nbs/14_study.ipynb #7c7bbd4a
+def run_points(folder: Path) -> list[dict[str, Any]]:
+    "Every record of the run in `folder`, with `run`, `variant`, `config` (flat) and `path` added."
+    config, name = Run.load(folder).config, Path(os.path.abspath(folder)).name
+    variant = name.removesuffix(f"-seed{config.train.seed}").removesuffix(f"-s{config.train.seed}")
+    return [r | {"run": name, "variant": "untrained" if r["untrained"] else variant, "config": config.flat(), "path": folder} for r in read_records(folder / "results.json")]
+
 def points(out: str | Path, names: list[str] | None = None) -> list[dict[str, Any]]:
-    "Every record of the runs in `out/runs`, or of those called `names`: the record with `run`, `variant` and `config` (flat) added."
-    found = []
-    for folder in sorted(p.parent for p in (Path(out) / "runs").glob("*/config.yaml")):
-        if names is not None and folder.name not in names: continue
-        config = Run.load(folder).config
-        variant = folder.name.removesuffix(f"-seed{config.train.seed}")
-        found += [r | {"run": folder.name, "variant": "untrained" if r["untrained"] else variant, "config": config.flat()} for r in read_records(folder / "results.json")]
+    "The points of the runs in `out/runs`, or of those called `names`, in order of the names."
+    folders = sorted(p.parent for p in (Path(out) / "runs").glob("*/config.yaml"))
+    found = [p for folder in folders if names is None or folder.name in names for p in run_points(folder)]
     order = {n.rsplit("-seed", 1)[0]: i for i, n in enumerate(names or [])}
     return sorted(found, key=lambda p: (order.get(p["variant"], -1), p["run"], p["pretrain"]["epochs"]))
 
@@ -430,34 +429,80 @@ def study_table(found: list[dict[str, Any]]) -> list[dict[str, str]]:
     return table
 
 # %% ../nbs/14_study.ipynb #af3b31be
-def course(found: list[dict[str, Any]], variant: str, name: str) -> dict[int, float]:
-    "The mean value over seeds of a column, by views seen; only budgets that every seed has reached."
-    by = {}
+def course(found: list[dict[str, Any]], variant: str, name: str) -> dict[int, dict[int, float]]:
+    "The values of a column in per cent, by views seen and by pretraining seed."
+    by: dict[int, dict[int, float]] = {}
     for p in found:
-        if p["variant"] == variant and column(p) == name and p["metric"] == "top1": by.setdefault(p["pretrain"]["views_seen"], {})[p["run"]] = p["value"]
-    most = max(map(len, by.values()), default=0)
-    return {views: mean(v.values()) for views, v in sorted(by.items()) if len(v) == most}
+        if p["variant"] == variant and p["metric"] == "top1" and column(p) == name: by.setdefault(p["pretrain"]["views_seen"], {})[p["pretrain"]["seed"]] = 100 * p["value"]
+    return dict(sorted(by.items()))
+
+def paired(a: dict[int, dict[int, float]], b: dict[int, dict[int, float]]) -> dict[int, list[float]]:
+    "Differences of two courses, seed by seed: of the seeds that both have in the end, at the milestones where none of these is missing."
+    both = {views: a[views].keys() & b[views].keys() for views in a if views in b}
+    seeds = next((s for s in reversed(both.values()) if s), set())
+    return {views: [a[views][s] - b[views][s] for s in sorted(seeds)] for views in both if seeds and seeds <= both[views]}
+
+def ahead(differences: list[float]) -> bool:
+    "Whether the mean of differences exceeds their standard deviation over seeds; of a single one, whether it is above 0."
+    middle, deviation = spread_over_seeds(differences)
+    return middle > (deviation or 0)
+
+def standing(differences: list[float]) -> str:
+    "`ahead of` or `behind`; `level with` if the mean is within the spread over seeds; of one seed, which claims less, `above` or `below`."
+    more, less = ("ahead of", "behind") if len(differences) > 1 else ("above", "below")
+    return more if ahead(differences) else less if ahead([-d for d in differences]) else "level with"
+
+def amount(differences: list[float], sign: str = "+") -> str:
+    "Mean and standard deviation of differences in points, and how many seeds stand behind them."
+    middle, deviation = spread_over_seeds(differences)
+    return f"{middle:{sign}.2f} points (one seed)" if deviation is None else f"{middle:{sign}.2f} ± {deviation:.2f} points ({len(differences)} seeds)"
+
+def since(values: dict[int, Any], holds: Callable[[Any], bool]) -> int | None:
+    "The first number of views from which on `holds` is true of all values."
+    first = None
+    for views in sorted(values, reverse=True):
+        if not holds(values[views]): break
+        first = views
+    return first
+
+# %% ../nbs/14_study.ipynb #b7c41e5a
+def crossing(a: str, b: str, differences: dict[int, list[float]]) -> str:
+    "Where one variant stands beside another in the end, and since when it is ahead: over all seeds, and of the single ones where they do not agree."
+    end = max(differences)
+    first = since(differences, ahead)
+    there = f"{a} is {standing(differences[end])} {b}"
+    if first in (None, end): return f"{there} at {end:,} views: {amount(differences[end])}."
+    each = [since({views: d[i] for views, d in differences.items()}, lambda d: d > 0) for i in range(len(differences[end]))]
+    some = [views for views in each if views is not None]
+    text = f"single seeds from {min(some):,}" + (f" to {max(some):,}" if max(some) > min(some) else "") + (f", {len(each) - len(some)} of {len(each)} not" if len(some) < len(each) else "")
+    return f"{there} from {first:,} views on" + (f" ({text})" if set(each) != {first} else "") + f", by {amount(differences[end], '')} at {end:,}."
+
+def deterioration(courses: dict[str, dict[int, dict[int, float]]]) -> str | None:
+    "The largest fall of a variant below an earlier milestone, in the mean over seeds; one that exceeds its spread comes first. None if no variant has three milestones."
+    falls = []
+    for variant, c in courses.items():
+        whole = [views for views in c if c[max(c)].keys() <= c[views].keys()]
+        falls += [(variant, u, v, [c[u][s] - c[v][s] for s in c[max(c)]]) for u in whole for v in whole if u < v] if len(whole) > 2 else []
+    if not falls: return None
+    variant, u, v, fall = max(falls, key=lambda f: (ahead(f[3]), mean(f[3])))
+    where = f"that of {variant} from {u:,} to {v:,} views: {amount(fall, '')}."
+    if mean(fall) <= 0: return "no variant falls below an earlier milestone."
+    return f"the largest fall below an earlier milestone is {where}" if ahead(fall) else f"no fall below an earlier milestone exceeds its spread over seeds; the largest is {where}"
 
 def findings(found: list[dict[str, Any]]) -> list[str]:
     "What the records of a study answer, a sentence each."
-    said, names = [], sorted({p["variant"] for p in found})
-    measures = [c for c in dict.fromkeys(column(p) for p in found if p["metric"] == "top1" and p["task"] in ("linear", "knn")) if c in ("linear", "kNN k=20")]
-    for m in measures:
-        aavae = course(found, "aavae", m)
-        for vae in [n for n in names if n.startswith("vae")]:
-            other = course(found, vae, m)
-            if shared := sorted(aavae.keys() & other.keys()):
-                ahead = [v for v in shared if all(aavae[w] > other[w] for w in shared if w >= v)]
-                said.append(f"{m}: aavae " + (f"is ahead of {vae} from {ahead[0]:,} views on" if ahead else f"is not ahead of {vae} at {shared[-1]:,} views") + f" ({100 * (aavae[shared[-1]] - other[shared[-1]]):+.2f} points at {shared[-1]:,}).")
-        pair = [course(found, n, m) for n in ("aaae", "aaae-view")]
-        if all(pair) and (shared := pair[0].keys() & pair[1].keys()):
-            said.append(f"{m}: the AAAE with the paper's target is {100 * (pair[0][max(shared)] - pair[1][max(shared)]):+.2f} points from the one with the original code's target at {max(shared):,} views.")
-        clean = course(found, "aavae-clean-pass", m)
-        if aavae and (shared := clean.keys() & aavae.keys()): said.append(f"{m}: the original code's second encoder pass changes AAVAE by {100 * (clean[max(shared)] - aavae[max(shared)]):+.2f} points at {max(shared):,} views.")
-        falls = {n: max((max(list(c.values())[:i + 1]) - v for i, v in enumerate(c.values())), default=0.0) for n in names if len(c := course(found, n, m)) > 2}
-        if falls: said.append(f"{m}: the largest fall below an earlier milestone is {100 * max(falls.values()):.2f} points ({max(falls, key=falls.get)}).")
+    said, names = [], list(dict.fromkeys(p["variant"] for p in found))
+    for m in dict.fromkeys(column(p) for p in found if p["metric"] == "top1" and p["task"] in ("linear", "knn")):
+        if m not in ("linear", "kNN k=20"): continue
+        courses = {n: course(found, n, m) for n in names}
+        pair = lambda a, b: paired(courses.get(a, {}), courses.get(b, {}))
+        said += [f"{m}: {crossing('aavae', vae, d)}" for vae in names if vae.startswith("vae") and (d := pair("aavae", vae))]
+        for a, b, text in (("aaae", "aaae-view", "the AAAE with the paper's target is {} the one with the original code's target"), ("aavae-clean-pass", "aavae", "AAVAE with the original code's second encoder pass is {} AAVAE without it")):
+            if d := pair(a, b): said.append(f"{m}: {text.format(standing(d[max(d)]))} at {max(d):,} views: {amount(d[max(d)])}.")
+        if fall := deterioration(courses): said.append(f"{m}: {fall}")
     return said
 
+# %% ../nbs/14_study.ipynb #c2d95f10
 def write_study(name: str, jobs: list[Job], out: Path) -> Path:
     "Writes `NAME.md` (table, budget, findings), `NAME.html` and, where there is a browser, `NAME.png`, and returns the table's path. Raises `InputError` if there are no records yet."
     names = [j.name for j in jobs]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'LOG_EVERY', 'ROWS_HELD', 'SECONDS_HELD', 'COLUMNS', 'RESUMABLE', 'preset', 'scaled_to_batch', 'Batches',
-           'StepLoader', 'Diverged', 'AtStep', 'Metrics', 'EMA', 'OnlineKNN', 'Keeper', 'Progress', 'pretrain']
+           'StepLoader', 'Diverged', 'AtStep', 'Metrics', 'EMA', 'OnlineKNN', 'Keeper', 'Progress', 'changed',
+           'pretrain']
 
 # %% ../nbs/07_train.ipynb #57d6f272
 import copy
@@ -20,6 +21,7 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 import lightning as L
 import torch
@@ -321,6 +323,11 @@ class Progress(AtStep):
 RESUMABLE = {"train.max_epochs", "train.max_steps", "train.max_time", "train.save_every_n_steps", "train.save_every_minutes", "train.keep_at_epochs",
              "train.knn_every_n_epochs", "train.accelerator", "train.compile", "train.devices", "train.nodes", "train.strategy", "data.root", "data.download", "data.workers"}
 
+def changed(config: Config, stored: Config, free: set[str] = RESUMABLE) -> list[tuple[str, Any, Any]]:
+    "The fields in which two configurations differ, without those that may: name, value and stored value."
+    old = stored.flat()
+    return [(name, value, old[name]) for name, value in config.flat().items() if value != old[name] and name not in free]
+
 def _existing(config: Config, out: Path, resume: bool, overwrite: bool) -> bool:
     "Whether `out` holds a run to go on with. Raises `InputError` where the folder and the wish do not fit."
     exists = (out / "config.yaml").is_file()
@@ -332,9 +339,7 @@ def _existing(config: Config, out: Path, resume: bool, overwrite: bool) -> bool:
     if not resume: return False
     stored = Run.load(out).config
     free = RESUMABLE - ({"train.max_epochs", "train.max_steps"} if stored.train.schedule == "cosine" else set())
-    for name, value in config.flat().items():
-        if value != (old := stored.flat()[name]) and name not in free:
-            raise InputError(f"{name} is {value} here and {old} in {out}; a resumed run keeps its configuration, so drop the difference or choose another --out")
+    for name, value, old in changed(config, stored, free): raise InputError(f"{name} is {value} here and {old} in {out}; a resumed run keeps its configuration, so drop the difference or choose another --out")
     return True
 
 def _clear(out: Path):

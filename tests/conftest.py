@@ -109,11 +109,11 @@ def cifar(test_data, tmp_path_factory):
 @pytest.fixture(scope="session")
 def browser():
     "A headless Chromium with WebGL by software; skips where there is none."
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not chromium: pytest.skip("no Chromium here")
+    from aavae.figures import chromium
+    if not chromium(): pytest.skip("no Chromium here")
     sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright here")
     with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"])
+        browser = p.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"])
         yield browser
         browser.close()
 
