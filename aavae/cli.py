@@ -223,7 +223,7 @@ def cmd_bench(argv: list[str]):
 
 # %% ../nbs/21_cli.ipynb #a88f7bff
 STUDY = {"seeds": "one pretraining each, '[0, 1, 2]' say", "only": "variants to do, '[vae, aavae]' say; by default all", "max_views": "budget of a run in views, instead of epochs", "max_minutes": "budget of a run in minutes of training, instead of epochs",
-         "samples": "K of the density study's importance-weighted bound", "images": "images of which the density study estimates the likelihood, in each split", "classify_root": "folder of other images, for the transfer study",
+         "samples": "K of the density study's importance-weighted bound", "images": "images of which the density study estimates the likelihood, in each split; by default 200, of the digits 100", "classify_root": "folder of other images, for the transfer study",
          "detect_root": "folder in Pascal VOC's format, for the transfer study", "detect_steps": "steps of detection; by default the protocol's"}
 
 def cmd_study(argv: list[str]):

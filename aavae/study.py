@@ -167,7 +167,7 @@ class Options:
     max_views: int | None = None  # budget of a run in views, instead of epochs
     max_minutes: float | None = None  # budget of a run in minutes of training, instead of epochs
     samples: int = 64  # K of the importance-weighted bound of the density study
-    images: int = 200  # images of which the density study estimates the likelihood, in each split
+    images: int | None = None  # images of which the density study estimates the likelihood, in each split; by default 200, of the digits 100
     classify_root: str | None = None  # folder of other images, for the transfer study
     detect_root: str | None = None  # folder in Pascal VOC's format, for the transfer study
     detect_steps: int | None = None  # steps of detection, instead of the protocol's
@@ -190,7 +190,9 @@ def tasks(study: str, variant: str, config: Config, o: Options) -> list[Task]:
         if o.detect_root: found += [Task("detect", {"root": o.detect_root} | ({"max_steps": o.detect_steps} if o.detect_steps else {}), untrained=u) for u in (False, True)[:1 + fresh]]
         if not found: other_images(config, Path("."), None)
         return found
-    if study == "density": return PROBES + [Task("density", {"samples": o.samples, "n": o.images, "proposal": p}, milestones=True) for p in ("clean", "view")]
+    if study == "density":
+        n = o.images or (100 if config.data.name == "digits" else 200)
+        return PROBES + [Task("density", {"samples": o.samples, "n": n, "proposal": p}, milestones=True) for p in ("clean", "view")]
     if study == "beta": return PROBES + [Task("posterior")] + FRESH * fresh
     if study == "similarity": return [Task("similarity", {"layer": layer}, untrained=u) for layer in LAYERS for u in (False, True)[:1 + fresh]]
     return PROBES
