@@ -19,9 +19,10 @@ from plotly.subplots import make_subplots
 from .data import InputError
 from .density import rank_correlation
 from .plots import CLEAR, COLOURS, DASHES, TEXT, style
+from .reconstructions import ReconstructionExplorer
 from .run import Run, read_records
 from .study import column, final, spread_over_seeds
-from .widgets import Explorer, ReconstructionExplorer, choice, live, panel
+from .widgets import Explorer, choice, live, panel
 
 # %% ../nbs/19d_records.ipynb #c72c8b2d
 def gather(source) -> list[dict[str, Any]]:
