@@ -22,18 +22,17 @@ from torch.nn import functional as F
 from .augment import random_views
 from .data import InputError, permutation
 from .features import run_features
-from .loss import posterior_std
 from .plots import COLOURS, cosine_matrices, style
 from .run import Run
-from .similarity import Similarity, cosines, view_numbers
+from .similarity import Layers, Similarity, cosines, view_numbers
 from .widgets import RunExplorer, choice, live, panel, picture, slider
 
 # %% ../nbs/19b_maps.ipynb #10dbcd0b
 class ViewFeatures:
     "The features of views of a split by the encoder of `run`, or of the same network `untrained`."
     def __init__(self, run: Run, untrained: bool = False, reference: int = 1024):
-        self.run, self.untrained, self.device = run, untrained, run.here.device
-        self.encoder, self.model = run.encoder(untrained).to(self.device), None
+        self.run, self.device = run, run.here.device
+        self.layers = Layers(run, untrained)
         self.split = run.data().split(run.data().eval_split)
         self.order, self.kept, self.pixels = permutation(0, 0, len(self.split)), {}, {}
         self.reference, self.means = self.order[:reference], {}
@@ -47,17 +46,13 @@ class ViewFeatures:
         "Representations `(n, d)`."
         new = torch.tensor([i for i in index.tolist() if (i, view) not in self.kept], dtype=torch.int64)
         for part in new.split(128):
-            for i, h in zip(part.tolist(), self.encoder(self.seen(part, view)).float()): self.kept[i, view] = h
+            for i, h in zip(part.tolist(), self.layers.h(self.seen(part, view))): self.kept[i, view] = h
         return torch.stack([self.kept[i, view] for i in index.tolist()])
 
     @torch.no_grad()
     def layer(self, name: str, index: Tensor, view: int) -> Tensor:
         "`h`, `mu` or a sample `z` of the posterior, each `(n, d)`. Raises `InputError` without a checkpoint where one is needed."
-        h = self.h(index, view)
-        if name == "h": return h
-        self.model = self.model or (self.run.fresh_model() if self.untrained else self.run.model()).eval().to(self.device)
-        mu, logvar = self.model.projection(h)
-        return mu.float() if name == "mu" else self.model.sample(mu.float(), None if logvar is None else posterior_std(logvar), index.to(self.device), epoch=view)
+        return self.layers.of(name, self.h(index, view), index, view)
 
     def mean(self, name: str) -> Tensor:
         "The mean of a layer over two views of each reference image: `(d,)` float64."
