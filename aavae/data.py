@@ -378,7 +378,7 @@ def list_images(folder: Path) -> list[Path]:
 def _labels(paths: list[Path], folder: Path, classes: list[str]) -> Tensor:
     if not classes: return torch.full((len(paths),), -1)
     number = {c: i for i, c in enumerate(classes)}
-    names = [p.relative_to(folder).parts[0] for p in paths]
+    names = [p.parts[len(folder.parts)] for p in paths]
     if unknown := sorted({n for n in names if n not in number}):
         raise InputError(f"{folder} has {unknown[0]!r}, which is no class folder of train; rename or remove it")
     return torch.tensor([number[n] for n in names])
@@ -387,7 +387,7 @@ def _classes(paths: list[Path], train: Path) -> tuple[list[str], list[str]]:
     "The class folders of `train` that hold images, if all images lie in one; and what is odd about them."
     loose = [p for p in paths if p.parent == train]
     if loose: return [], [f"{len(loose)} of {len(paths)} images of {train} are in no class folder, so the images have no labels"] if len(loose) < len(paths) else []
-    classes = sorted({p.relative_to(train).parts[0] for p in paths})
+    classes = sorted({p.parts[len(train.parts)] for p in paths})
     empty = sorted(p.name for p in train.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in classes)
     return classes, [f"{train} has class folders without images: {', '.join(empty)}"] if empty else []
 

@@ -51,7 +51,7 @@ def run_features(run: Run, split: str = "test", data: ImageData | None = None, u
     Raises `InputError` if there is no such split or encoder."""
     data, train = data or run.data(), run.here
     encoder = run.encoder(untrained, epoch)
-    key = hashlib.sha256(f"{weights_hash(encoder)} {data.fingerprint()} {data.image_size} {train.bf16}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{weights_hash(encoder)} {data.fingerprint(split)} {data.image_size} {train.bf16}".encode()).hexdigest()[:16]
     path = run.path / "features" / f"{data.name}-{split}-{key}.safetensors"
     if kept := _read(path, key): return kept
     part = data.split(split)

@@ -22,18 +22,17 @@ from torch.nn import functional as F
 from .augment import random_views
 from .data import InputError, permutation
 from .features import run_features
-from .loss import posterior_std
-from .plots import COLOURS, cosine_matrices, style
+from .plots import COLOURS, cosine_cells, cosine_matrices, style
 from .run import Run
-from .similarity import Similarity, cosines, view_numbers
+from .similarity import Layers, Similarity, cosines, view_numbers
 from .widgets import RunExplorer, choice, live, panel, picture, slider
 
 # %% ../nbs/19b_maps.ipynb #10dbcd0b
 class ViewFeatures:
     "The features of views of a split by the encoder of `run`, or of the same network `untrained`."
     def __init__(self, run: Run, untrained: bool = False, reference: int = 1024):
-        self.run, self.untrained, self.device = run, untrained, run.here.device
-        self.encoder, self.model = run.encoder(untrained).to(self.device), None
+        self.run, self.device = run, run.here.device
+        self.layers = Layers(run, untrained)
         self.split = run.data().split(run.data().eval_split)
         self.order, self.kept, self.pixels = permutation(0, 0, len(self.split)), {}, {}
         self.reference, self.means = self.order[:reference], {}
@@ -43,31 +42,29 @@ class ViewFeatures:
         return random_views(self.split.images_at(index).to(self.device), self.run.config.views, 0, view, index.to(self.device))
 
     @torch.no_grad()
-    def h(self, index: Tensor, view: int) -> Tensor:
-        "Representations `(n, d)`."
-        new = torch.tensor([i for i in index.tolist() if (i, view) not in self.kept], dtype=torch.int64)
-        for part in new.split(128):
-            for i, h in zip(part.tolist(), self.encoder(self.seen(part, view)).float()): self.kept[i, view] = h
-        return torch.stack([self.kept[i, view] for i in index.tolist()])
+    def h(self, index: Tensor, views: int) -> Tensor:
+        "Representations `(n, v, d)` of the first `views` views, those that are new in as few passes as possible."
+        for part in index.split(max(1, 128 // views)):
+            new = {view: torch.tensor([i for i in part.tolist() if (i, view) not in self.kept], dtype=torch.int64) for view in range(views)}
+            if not sum(map(len, new.values())): continue
+            found = self.layers.h(torch.cat([self.seen(i, view) for view, i in new.items() if len(i)]))
+            self.kept |= zip([(i, view) for view, many in new.items() for i in many.tolist()], found)
+        return torch.stack([torch.stack([self.kept[i, view] for view in range(views)]) for i in index.tolist()])
 
     @torch.no_grad()
-    def layer(self, name: str, index: Tensor, view: int) -> Tensor:
-        "`h`, `mu` or a sample `z` of the posterior, each `(n, d)`. Raises `InputError` without a checkpoint where one is needed."
-        h = self.h(index, view)
-        if name == "h": return h
-        self.model = self.model or (self.run.fresh_model() if self.untrained else self.run.model()).eval().to(self.device)
-        mu, logvar = self.model.projection(h)
-        return mu.float() if name == "mu" else self.model.sample(mu.float(), None if logvar is None else posterior_std(logvar), index.to(self.device), epoch=view)
+    def layer(self, name: str, index: Tensor, views: int) -> Tensor:
+        "`h`, `mu` or a sample `z` of the posterior, each `(n, v, d)`. Raises `InputError` without a checkpoint where one is needed."
+        return torch.stack([self.layers.of(name, h, index, view) for view, h in enumerate(self.h(index, views).unbind(1))], 1)
 
     def mean(self, name: str) -> Tensor:
         "The mean of a layer over two views of each reference image: `(d,)` float64."
-        if name not in self.means: self.means[name] = torch.cat([self.layer(name, self.reference, view) for view in (0, 1)]).double().mean(0)
+        if name not in self.means: self.means[name] = self.layer(name, self.reference, 2).flatten(0, 1).double().mean(0)
         return self.means[name]
 
     def similarity(self, name: str, n: int, views: int, first: int = 0) -> Similarity:
         "The cosines of `views` views each of `n` images, and the numbers of these."
         index = self.order[first:first + n]
-        f = torch.stack([self.layer(name, index, view) for view in range(views)], 1).cpu()           # (n, v, d)
+        f = self.layer(name, index, views).cpu()                                     # (n, v, d)
         mean = self.mean(name).cpu()
         if (key := (n, first)) not in self.pixels: self.pixels = {key: []}               # the views of these images, as far as they were asked for
         for view in range(len(self.pixels[key]), views): self.pixels[key].append(self.seen(index, view).cpu())
@@ -114,16 +111,20 @@ class SimilarityExplorer(RunExplorer):
         return {self[side] + (" " if side == "right" and self["left"] == self["right"] else ""): s for side, s in found.items()}
 
     def draw(self):
-        self.shown = self.similarities()
-        fig = self.matrices(self.shown)
+        self.shown, shape = self.similarities(), (self["n"], self["views"])
         if self.figure is None:
-            self.figure, box = live(fig)
+            self.figure, box = live(self.matrices(self.shown))
             self.plot.children = [box]
             for trace in self.figure.data: trace.on_click(self.click)
+        elif shape == self.shape:                                                    # only cosines and names are new
+            with self.figure.batch_update():
+                for trace, title, (name, s) in zip(self.figure.data, self.figure.layout.annotations, self.shown.items()): trace.z, title.text = cosine_cells(s, self["raw"]), escape(name, quote=False)
         else:
+            fig = self.matrices(self.shown)
             with self.figure.batch_update():
                 for old, new in zip(self.figure.data, fig.data): old.update(x=new.x, y=new.y, z=new.z)
                 self.figure.layout.update({k: v for k, v in fig.to_plotly_json()["layout"].items() if k[1:5] == "axis" or k == "annotations"})
+        self.shape = shape
         self.numbers.value = table({name: s.numbers for name, s in self.shown.items()}, NUMBERS)
         self.show_pair()
 
@@ -173,7 +174,7 @@ def plane(x: Tensor, method: str) -> tuple[Tensor, str, str]:
         points = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=0).fit_transform(small)
     else:
         try: from umap import UMAP
-        except ImportError as e: raise InputError("UMAP needs umap-learn; pip install umap-learn, or choose PCA or t-SNE") from e
+        except ImportError as e: raise InputError("UMAP needs umap-learn; pip install 'aavae[umap]', or choose PCA or t-SNE") from e
         points = UMAP(n_neighbors=min(15, len(x) - 1), n_jobs=1, random_state=0).fit_transform(small)
     return torch.tensor(points).float(), f"{method} 1", f"{method} 2"
 
@@ -213,17 +214,19 @@ class EmbeddingMap(RunExplorer):
         controls = self.add(method=choice("map", ["PCA", "t-SNE", "UMAP"], "PCA"), encoder=choice("encoder", encoders, 0), label=choice("class", classes, -2, "marks the points of a class, and shows some of its images"))
         self.plot, self.hovered, self.selected = W.VBox(layout=W.Layout(min_width="0")), W.HTML(), W.HTML()
         side = W.VBox([self.hovered, self.selected])
-        self.compute("PCA", 0)
+        self.maps["PCA", 0] = self.compute("PCA", 0)
         return [panel(controls), W.GridBox([self.plot, side], layout=W.Layout(grid_template_columns="minmax(0,1fr) 310px", grid_gap="12px", width="100%"))]
 
-    def compute(self, method: str, encoder: int):
-        "Puts a map into `maps`."
+    def compute(self, method: str, encoder: int) -> tuple[Tensor, str, str]:
+        "A map: its points `(n, 2)` and the names of its axes."
         x = run_features(self.run, self.data.eval_split, untrained=encoder == -1, epoch=encoder if encoder > 0 else None).x[self.index]
-        self.maps[method, encoder] = plane(x, method)
+        return plane(x, method)
 
     def draw(self):
         key = (self["method"], self["encoder"])
-        if key not in self.maps: return self.start(key)
+        if key not in self.maps:
+            self.start(key)
+            key = self.drawn                                                         # which stays, and takes another class
         points, *titles = self.maps[key]
         if self.figure is None:
             self.figure, box = live(embedding_map(points, self.labels, self.data.classes, titles))
@@ -242,15 +245,23 @@ class EmbeddingMap(RunExplorer):
 
     def start(self, key: tuple):
         "Computes a map that takes a while, in the background; the one that is there stays."
-        if self.working: raise InputError(f"{self.working[0]} is still being computed; wait until it is there")
-        self.working = key
+        if self.working not in (None, key): raise InputError(f"{self.working[0]} is still being computed; wait until it is there")
         self.say(f"computing {key[0]} of {len(self.index):,} images …")
+        if self.working: return
+        self.working, maps = key, self.maps
         def work():
-            try: self.compute(*key); self.working = None; self.update()
-            except Exception as e:
-                with self.told(): self.working = None; raise
+            try: found = self.compute(*key)
+            except Exception as e: found = e
+            if maps is not self.maps: return                                         # opened again in the meantime
+            self.working = None
+            with self.told():
+                if isinstance(found, Exception): raise found
+                maps[key] = found
+                self.update()
         if os.environ.get("IN_TEST"): work()
-        else: threading.Thread(target=work, daemon=True).start()
+        else:
+            self.thread = threading.Thread(target=work, daemon=True)
+            self.thread.start()
 
     def hover(self, points: list[int]):
         "Shows the image under the pointer."

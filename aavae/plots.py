@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'DASHES', 'TEXT', 'GRID', 'CLEAR', 'POINTS', 'COSINE', 'TASKS', 'style', 'training_curves',
-           'reconstructions', 'image_grid', 'reconstruction_grid', 'cosine_matrices', 'measure', 'accuracies',
-           'accuracy_bars']
+           'reconstructions', 'image_grid', 'reconstruction_grid', 'cosine_cells', 'cosine_matrices', 'measure',
+           'accuracies', 'accuracy_bars']
 
 # %% ../nbs/17_plots.ipynb #1d6f8bcb
 from html import escape
@@ -134,16 +134,22 @@ def _edges(n: int, views: int, gap: float = 0.4) -> np.ndarray:
     "Where the cells of a matrix begin and end, with a gap as a cell of its own between images: `(n (views + 1),)`."
     return np.concatenate([i * (views + gap) + np.arange(views + 1) for i in range(n)])
 
+def cosine_cells(s: Similarity, raw: bool = False) -> list[list[float | None]]:
+    "The cosines in rows and columns, to two digits, with an empty one between two images."
+    n, views = s.views.shape[:2]
+    cell = np.arange(n * (views + 1) - 1) % (views + 1) < views                      # which cells are views
+    z = np.full((len(cell), len(cell)), None)
+    z[np.ix_(cell, cell)] = (s.raw if raw else s.matrix).double().numpy().round(2)
+    return z.tolist()
+
 def cosine_matrices(similarities: dict[str, Similarity], raw: bool = False, titles: bool = True, height: int = 360) -> go.Figure:
     "Heat maps of the centred (or `raw`) cosines of one encoder or several, side by side, on a fixed scale from -1 to 1; the views of an image form a block."
     fig = make_subplots(1, max(1, len(similarities)), horizontal_spacing=0.12 / max(1, len(similarities)),
                         subplot_titles=[escape(name, quote=False) for name in similarities] if titles else None)
     for column, s in enumerate(similarities.values(), 1):
         n, views = s.views.shape[:2]
-        edges, cell = _edges(n, views).round(2).tolist(), np.arange(n * (views + 1) - 1) % (views + 1) < views       # which cells are views
-        z = np.full((len(cell), len(cell)), np.nan, dtype=np.float32)
-        z[np.ix_(cell, cell)] = (s.raw if raw else s.matrix).numpy().round(2)
-        fig.add_heatmap(z=[[None if np.isnan(v) else round(float(v), 2) for v in row] for row in z], x=edges, y=edges, coloraxis="coloraxis", hoverongaps=False,
+        edges = _edges(n, views).round(2).tolist()
+        fig.add_heatmap(z=cosine_cells(s, raw), x=edges, y=edges, coloraxis="coloraxis", hoverongaps=False,
                         hovertemplate="cosine %{z:.2f}<extra></extra>", row=1, col=column)
         ticks = dict(tickvals=[float(edges[i * (views + 1)] + views / 2) for i in range(n)], ticktext=[str(i + 1) for i in range(n)], showgrid=False, zeroline=False, showline=False, ticks="")
         fig.update_xaxes(**ticks, constrain="domain", row=1, col=column)

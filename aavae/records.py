@@ -20,9 +20,10 @@ from .data import InputError
 from .density import rank_correlation
 from .figures import parts
 from .plots import CLEAR, COLOURS, DASHES, TEXT, style
+from .reconstructions import ReconstructionExplorer
 from .run import Run
 from .study import column, final, run_points, spread_over_seeds
-from .widgets import Explorer, ReconstructionExplorer, choice, live, panel
+from .widgets import Explorer, choice, live, panel
 
 # %% ../nbs/19d_records.ipynb #c72c8b2d
 def gather(source) -> list[dict[str, Any]]:
