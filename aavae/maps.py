@@ -7,11 +7,10 @@ __all__ = ['NUMBERS', 'SYMBOLS', 'MOST', 'ViewFeatures', 'table', 'SimilarityExp
            'EmbeddingMap']
 
 # %% ../nbs/19b_maps.ipynb #7c1024d0
-from bisect import bisect
-from html import escape
 import json
-import os
-import threading
+from bisect import bisect
+from contextlib import suppress
+from html import escape
 
 import ipywidgets as W
 import plotly.graph_objects as go
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .augment import random_views
+from .augment import split_views
 from .data import InputError, permutation
 from .features import run_features
 from .plots import COLOURS, cosine_cells, cosine_matrices, style
@@ -39,7 +38,7 @@ class ViewFeatures:
 
     def seen(self, index: Tensor, view: int) -> Tensor:
         "View number `view` of images `index`: `(n, 3, s, s)` in [0, 1]."
-        return random_views(self.split.images_at(index).to(self.device), self.run.config.views, 0, view, index.to(self.device))
+        return split_views(self.split, index, self.run.config.views, 0, view, self.device)
 
     @torch.no_grad()
     def h(self, index: Tensor, views: int) -> Tensor:
@@ -97,20 +96,25 @@ class SimilarityExplorer(RunExplorer):
         self.plot = W.VBox()
         return [panel(controls), self.plot, self.below]
 
-    def of(self, name: str) -> ViewFeatures:
-        if name not in self.features:
-            self.say(f"passing 1,024 images through {name} …")
-            self.features[name] = ViewFeatures(*self.sources[name])
-            self.features[name].mean("h")
-            self.say(self.note())
-        return self.features[name]
+    def prepare(self, name: str) -> ViewFeatures:
+        "What takes a while for an encoder and is done once."
+        features = ViewFeatures(*self.sources[name])
+        features.mean("h")
+        with suppress(InputError): features.layers.need("z")                         # without a checkpoint, told when it is asked for
+        return features
 
     def similarities(self) -> dict[str, Similarity]:
         "What the two matrices show."
-        found = {side: self.of(self[side]).similarity(self["layer"], self["n"], self["views"], self["first"]) for side in ("left", "right")}
+        found = {side: self.features[self[side]].similarity(self["layer"], self["n"], self["views"], self["first"]) for side in ("left", "right")}
         return {self[side] + (" " if side == "right" and self["left"] == self["right"] else ""): s for side, s in found.items()}
 
     def draw(self):
+        for name in (self["left"], self["right"]):
+            if name in self.features: continue
+            if self.figure: return self.later(name, f"the representations of 1,024 images by {name}", lambda name=name: self.prepare(name), self.features)
+            self.say(f"passing 1,024 images through {name} …")
+            self.features[name] = self.prepare(name)
+            self.say(self.note())
         self.shown, shape = self.similarities(), (self["n"], self["views"])
         if self.figure is None:
             self.figure, box = live(self.matrices(self.shown))
@@ -225,7 +229,7 @@ class EmbeddingMap(RunExplorer):
     def draw(self):
         key = (self["method"], self["encoder"])
         if key not in self.maps:
-            self.start(key)
+            self.later(key, f"{key[0]} of {len(self.index):,} images", lambda: self.compute(*key), self.maps)
             key = self.drawn                                                         # which stays, and takes another class
         points, *titles = self.maps[key]
         if self.figure is None:
@@ -242,26 +246,6 @@ class EmbeddingMap(RunExplorer):
         inside = (self.labels == self["label"]).nonzero()[:, 0].tolist() if self["label"] != -2 else []
         if inside or self.chosen: self.figure.data[0].selectedpoints = inside or None
         self.select(inside)
-
-    def start(self, key: tuple):
-        "Computes a map that takes a while, in the background; the one that is there stays."
-        if self.working not in (None, key): raise InputError(f"{self.working[0]} is still being computed; wait until it is there")
-        self.say(f"computing {key[0]} of {len(self.index):,} images …")
-        if self.working: return
-        self.working, maps = key, self.maps
-        def work():
-            try: found = self.compute(*key)
-            except Exception as e: found = e
-            if maps is not self.maps: return                                         # opened again in the meantime
-            self.working = None
-            with self.told():
-                if isinstance(found, Exception): raise found
-                maps[key] = found
-                self.update()
-        if os.environ.get("IN_TEST"): work()
-        else:
-            self.thread = threading.Thread(target=work, daemon=True)
-            self.thread.start()
 
     def hover(self, points: list[int]):
         "Shows the image under the pointer."

@@ -12,6 +12,7 @@ import platform
 import re
 import shlex
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -88,7 +89,7 @@ def monitor_figure(found: dict[str, tuple[list, list, list]]) -> go.Figure:
     return fig.update_annotations(font_size=14).update_xaxes(title_text="epoch", row=2)
 
 # %% ../nbs/19c_monitor.ipynb #a2ab1ec7
-MOST_OFTEN, SHARE = 2.0, 40                                                          # seconds between looks, at least; and in units of what one look takes
+MOST_OFTEN, SHARE = 2.0, 100                                                         # seconds between looks, at least; and in units of what one look takes
 
 class TrainingMonitor(Explorer):
     """Starts, stops and resumes the pretraining of the run in folder `out`, and shows its curves and reconstructions while it runs, whoever has started it.
@@ -122,6 +123,7 @@ class TrainingMonitor(Explorer):
         self.look()
 
     def _watch(self):
+        if sys.platform == "linux": os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)      # of this thread: the training comes first
         while True:
             start = time.thread_time()
             self.look()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .augment import split_views
 from .data import InputError, permutation
 from .plots import COLOURS
 from .widgets import Row, RunExplorer, labelled_picture, panel, picture, png, slider
@@ -55,8 +56,8 @@ class ReconstructionExplorer(RunExplorer):
         key, model = (name, tuple(index.tolist()), draw), self.models[name]
         if key not in self.encoded:
             if len(self.encoded) > 64: self.encoded.clear()
-            images, index = self.images.images_at(index).to(model.logscale.device), index.to(model.logscale.device)
-            view = model.normalize(images) if draw is None else model.view(images, index, epoch=draw)
+            device = model.logscale.device
+            view = model.normalize(self.images.images_at(index).to(device) if draw is None or not model.objective.augment else split_views(self.images, index, model.views, model.seed, draw, device))
             self.encoded[key] = (view, *model.encode(view))
         return self.encoded[key]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .augment import random_views
+from .augment import split_views
 from .data import InputError, permutation, progress
 from .loss import posterior_std
 from .run import Run
@@ -101,7 +101,7 @@ def view_similarity(run: Run, n: int = 8, views: int = 8, layer: str = "h", untr
     order = permutation(seed, 0, len(part))[:max(n, reference)]
     n = min(n, len(order))
     if n < 2 or views < 2: raise InputError(f"cosines need two images and two views at least; there are {n} of {run.data().name}/{name}, and {views}")
-    def seen(index, view): return random_views(part.images_at(index).to(device), run.config.views, seed, view, index.to(device))
+    def seen(index, view): return split_views(part, index, run.config.views, seed, view, device)
     def embed(index, view, desc=None):
         return torch.cat([layers.of(layer, layers.h(seen(i, view)), i, view).cpu() for i in progress(index.split(128), desc, disable=desc is None)])
     pair = torch.stack([embed(order, view, f"views of {run.data().name}/{name}") for view in (0, 1)], 1)      # (reference, 2, d)

@@ -253,7 +253,7 @@ class RunExplorer(Explorer):
         "Loads the runs and builds the controls."
         here = self.missing()
         self.offer.layout.display = "" if here else "none"
-        self.runs, self.controls, self.content.children, self.error = {}, {}, [], None
+        self.runs, self.controls, self.content.children, self.error, self.working = {}, {}, [], None, None
         self.title.value = ""
         with self.told():
             if here: raise InputError(f"there is no run in {here} yet; train one with aavae pretrain --out {here}, or make a small one of the digits now")
@@ -282,6 +282,25 @@ class RunExplorer(Explorer):
         return f"{', '.join(busy)}; what it had saved is shown, Reload reads it again" if busy else ""
 
     def build(self) -> list: raise NotImplementedError
+
+    def later(self, key, what: str, compute, keep: dict):
+        "Puts `compute()` into `keep[key]` in the background, then redraws; what is shown stays. Raises `InputError` while another is being computed."
+        if self.working not in (None, key): raise InputError("something else is still being computed; wait until it is there")
+        self.say(f"computing {what} …")
+        if self.working is not None: return
+        self.working, runs = key, self.runs
+        def work():
+            try: found = compute()
+            except Exception as e: found = e
+            if runs is not self.runs: return                                         # opened again in the meantime
+            self.working = None
+            with self.told():
+                if isinstance(found, Exception): raise found
+                keep[key] = found
+                self.update()
+        if os.environ.get("IN_TEST"): return work()
+        self.thread = threading.Thread(target=work, daemon=True)
+        self.thread.start()
 
     def make(self):
         "Makes the digits run in a process of its own, and opens it."
