@@ -499,7 +499,7 @@ def findings(found: list[dict[str, Any]]) -> list[str]:
         courses = {n: course(found, n, m) for n in names}
         pair = lambda a, b: paired(courses.get(a, {}), courses.get(b, {}))
         said += [f"{m}: {crossing('aavae', vae, d)}" for vae in names if vae.startswith("vae") and (d := pair("aavae", vae))]
-        for a, b, text in (("aaae", "aaae-view", "the AAAE with the paper's target is {} the one with the original code's target"), ("aavae-clean-pass", "aavae", "AAVAE with the original code's second encoder pass is {} AAVAE without it")):
+        for a, b, text in (("aavae", "aaae", "AAVAE, which samples the code, is {} AAAE, which does not,"), ("aaae", "aaae-view", "the AAAE with the paper's target is {} the one with the original code's target"), ("aavae-clean-pass", "aavae", "AAVAE with the original code's second encoder pass is {} AAVAE without it")):
             if d := pair(a, b): said.append(f"{m}: {text.format(standing(d[max(d)]))} at {max(d):,} views: {amount(d[max(d)])}.")
         if fall := deterioration(courses): said.append(f"{m}: {fall}")
     return said
