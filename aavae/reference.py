@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACCURACIES', 'typed', 'framed', 'takes', 'parser_of', 'parsers', 'flags', 'usage', 'command_reference', 'field_rows',
-           'field_reference', 'studies', 'folded', 'circumstances', 'other_rows', 'records_table', 'results_reference',
-           'progress_figure']
+           'field_reference', 'studies', 'folded', 'circumstances', 'other_rows', 'records_table', 'results_reference']
 
 # %% ../nbs/22b_reference.ipynb #7dd537c2
 import inspect
@@ -23,7 +22,7 @@ from . import cli
 from .bench import format_bench
 from .evaluate import format_table, results_table
 from .run import NAMES, SECTIONS, TYPES, Config
-from .study import final, findings, run_points
+from .study import final, findings, run_points, study_table
 from .train import PRESETS, preset
 
 # %% ../nbs/22b_reference.ipynb #d1738fb4
@@ -169,32 +168,12 @@ def records_table(records: list[dict[str, Any]]) -> str:
     return "\n\n".join(filter(None, parts))
 
 def results_reference(root: str | Path) -> str:
-    "Every study under `root` with its circumstances, tables and findings, in Markdown."
+    "Every study under `root` with its circumstances, a row for each variant, its findings and all records, in Markdown."
     parts = []
     for name, records in studies(root).items():
-        end = final(records)
-        parts += [f"## {name}", circumstances(end)]
-        said = "\n".join(f"- {s}" for s in findings(records))
-        written = [re.sub(r"^# ", "### ", p.read_text("utf-8")).strip() for p in sorted((Path(root) / name).glob("*.md"))]
-        tables = records_table(end)
-        parts += [*written, f"<details><summary>All records</summary>\n\n{tables}\n\n</details>"] if written else [said, tables]
+        shared, rows = folded(study_table(records), ("", "paper"))
+        parts += [f"## {name}", circumstances(final(records)), f"In all rows: {shared}." if shared else "", framed(rows, "records"),
+                  "\n".join(f"- {s}" for s in findings(records)), f"<details><summary>All records</summary>\n\n{records_table(final(records))}\n\n</details>"]
     bench = Path(root) / "bench.json"
     if bench.is_file(): parts += ["## Speed and memory", f"```text\n{format_bench(json.loads(bench.read_text()))}\n```"]
     return "\n\n".join(filter(None, parts))
-
-# %% ../nbs/22b_reference.ipynb #fc0e4f2f
-def progress_figure(records: list[dict[str, Any]], task: str = "linear"):
-    "Top-1 accuracy (%) of a task on the data of pretraining against the views seen, a line per run; None where no run was measured at two points."
-    import plotly.graph_objects as go
-    from aavae.plots import style
-    lines, floor = {}, {}
-    for r in records:
-        p = r["pretrain"]
-        if (r["task"], r["metric"]) != (task, "top1") or r["eval"]["dataset"] != p["dataset"]: continue
-        if r["untrained"]: floor[p["seed"]] = 100 * r["value"]
-        else: lines.setdefault(next(iter(results_table([r])))["objective"] + f", seed {p['seed']}", {})[p["views_seen"]] = 100 * r["value"]
-    lines = {name: points for name, points in lines.items() if len(points) > 1}
-    if not lines: return None
-    fig = go.Figure([go.Scatter(x=sorted(points), y=[points[x] for x in sorted(points)], mode="lines+markers", name=name) for name, points in lines.items()])
-    for y in floor.values(): fig.add_hline(y=y, line_dash="dot", line_color="#888", annotation_text="untrained")
-    return style(fig, 380).update_xaxes(title="views seen").update_yaxes(title=f"{task}, top-1 (%)")
