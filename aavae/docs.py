@@ -174,7 +174,7 @@ def offline(output: dict, plotly_js: str) -> dict:
     if figure := data.pop(_PLOTLY, None):
         from plotly.io import to_html
         figure = {k: v for k, v in figure.items() if k in ('data', 'layout', 'frames')}
-        data = {'text/html': to_html(figure, include_plotlyjs=plotly_js, full_html=False, validate=False)}
+        data = {'text/html': to_html(figure, config={'displayModeBar': False}, include_plotlyjs=plotly_js, full_html=False, validate=False)}
     elif data.pop(_WIDGET, None) and set(data) <= {'text/plain'}:
         data = {'text/markdown': '*Here stands an interactive widget when the notebook runs in Jupyter.*'}
     return {**output, 'data': data} if data else output
