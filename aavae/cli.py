@@ -186,7 +186,8 @@ def cmd_results(argv: list[str]):
     args = parse(parser, argv)
     if args.format not in ("text", "csv", "md"): raise InputError(f"--format {args.format} is unknown; use text, csv or md")
     if not Path(args.dir).is_dir(): raise InputError(f"{args.dir} is not a folder; name a run, or a folder of runs")
-    records = [r for p in sorted(Path(args.dir).rglob("results.json")) for r in read_records(p)]
+    named = lambda folder: {} if folder == Path(args.dir) else {"run": str(folder.relative_to(args.dir))}
+    records = [r | named(p.parent) for p in sorted(Path(args.dir).rglob("results.json")) for r in read_records(p)]
     if not records: raise InputError(f"there are no records under {args.dir}; make some with aavae evaluate")
     records = select(records, **{name: getattr(args, name) for name in FILTERS})
     if not records: raise InputError(f"no record under {args.dir} is of that kind; leave out a filter")

@@ -286,7 +286,7 @@ UNITS = {"nll": (" (nats)", 1, 1), "elbo": (" (nats)", 1, 1), "kl": (" (nats)", 
          **{name: ("", 1, 3) for name in ("gap", "within", "between", "raw_within", "raw_between", "alignment")}}      # unit, factor and decimals of what is no share, to be shown in per cent
 
 def results_table(records: list[dict[str, Any]]) -> list[dict[str, str]]:
-    "A row of text per measurement, a column per metric: what was measured, of what, on what, after how many views, and the paper's figure where it has one."
+    "A row of text per measurement, a column per metric: what was measured, of what (and of which `run`, where records say it), on what, after how many views, and the paper's figure where it has one."
     rows = {}
     for r in records:
         p, e, h = r["pretrain"], r["eval"], r["eval"]["hyperparameters"]
@@ -294,7 +294,7 @@ def results_table(records: list[dict[str, Any]]) -> list[dict[str, str]]:
         spread = "" if r["std"] is None else f" ± {scale * r['std']:.{digits}f}"
         name = r["objective"] + (f" (target {r['target']})" if r["target"] != "original" else "") + (f" (beta {r['beta']:g})" if r["objective"] in ("beta", "vae") else "")
         share = f" {100 * e.get('fraction', 1):.3g}%" if e.get("fraction", 1) != 1 else ""
-        row = {"objective": "untrained" if r["untrained"] else name, "encoder": r["encoder"] + (f" x{r['width']:g}" if r["width"] != 1 else "") + (" max-pool" if r["maxpool"] else ""),
+        row = ({"run": r["run"]} if "run" in r else {}) | {"objective": "untrained" if r["untrained"] else name, "encoder": r["encoder"] + (f" x{r['width']:g}" if r["width"] != 1 else "") + (" max-pool" if r["maxpool"] else ""),
                "pretrained on": "" if r["untrained"] else p["label"], "epochs": f"{p['epochs']:g}", "views seen": f"{p['views_seen']:,}", "seed": str(p["seed"]),
                "task": r["task"] + share + (f" k={h['k']}" if "k" in h else "") + (f" K={h['samples']} {h['proposal']}" if "samples" in h else "") + (f" on {h['layer']}" if "layer" in h else "") + (f" std x{h['stretch']:g}" if "stretch" in h else "") + (" on views" if e["views"] and r["task"] == "linear" else ""), "data": f"{e['label']} {e['split']}"}
         paper = {"paper": paper_value(r)} if paper_value(r) and r["metric"] == "top1" else {}

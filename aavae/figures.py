@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'FIGURES', 'gathered', 'accuracy_curves', 'value_bars', 'density_figure', 'beta_figure', 'parts',
-           'sensitivity_figure', 'similarity_figure', 'write_figure', 'chromium', 'picture']
+           'comparable', 'sensitivity_figure', 'similarity_figure', 'study_figures', 'write_figure', 'chromium',
+           'picture']
 
 # %% ../nbs/17b_figures.ipynb #93cb81ff
 import shutil
@@ -19,7 +20,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .density import rank_correlation
+from .density import TRAINING, rank_correlation
 from .plots import COLOURS, COSINE, DASHES, TEXT, style
 from .run import atomic
 from .study import LAYERS, SHARES, column, final, spread_over_seeds
@@ -81,23 +82,28 @@ def value_bars(found: list[dict[str, Any]]) -> go.Figure:
     return fig.update_xaxes(title_text="per cent", rangemode="tozero").update_yaxes(type="category", autorange="reversed")
 
 # %% ../nbs/17b_figures.ipynb #ad26daf4
+def _logscale(variant: str, density: list[dict[str, Any]]) -> str:
+    p = next(p for p in density if p["variant"] == variant)
+    if p["objective"] != "aavae": return variant
+    return "learned" if p["learn_logscale"] else f"logscale {p['logscale']:g}"
+
 def density_figure(found: list[dict[str, Any]], proposal: str = "clean") -> go.Figure:
     "Bits per dimension over views (training dotted, evaluation solid), and against the linear probe's accuracy."
     density = [p for p in found if p["metric"] == "bpd" and p["eval"]["hyperparameters"]["proposal"] == proposal]
     linear = {(p["run"], p["pretrain"]["views_seen"]): 100 * p["value"] for p in found if (p["task"], p["metric"]) == ("linear", "top1") and not p["untrained"]}
-    values = gathered(density, lambda p: (p["variant"], p["eval"]["split"] == "train", p["pretrain"]["views_seen"]))
-    evaluated = [(p["value"], linear[k]) for p in density if p["eval"]["split"] != "train" and (k := (p["run"], p["pretrain"]["views_seen"])) in linear]
+    values = gathered(density, lambda p: (p["variant"], p["eval"]["split"] in TRAINING, p["pretrain"]["views_seen"]))
+    evaluated = [(p["value"], linear[k]) for p in density if p["eval"]["split"] not in TRAINING and (k := (p["run"], p["pretrain"]["views_seen"])) in linear]
     title = "density against accuracy"
     if len(evaluated) > 2: title += ": rank correlation {:.2f} [{:.2f}, {:.2f}]".format(*rank_correlation(*map(list, zip(*evaluated))))
     fig, (left, right) = _panels(["density over views", title])
     for i, variant in enumerate(dict.fromkeys(p["variant"] for p in density)):
-        colour, name = COLOURS[i % len(COLOURS)], escape(variant.removeprefix("aavae-").replace("aavae", "logscale 0").replace("logscale-learned", "learned").replace("logscale", "logscale ") if variant != "aavae" else "logscale 0")
+        colour, name = COLOURS[i % len(COLOURS)], escape(_logscale(variant, density))
         for train in (True, False):
             curve = {views: v for (n, t, views), v in values.items() if (n, t) == (variant, train)}
             x = sorted(curve)
             fig.add_scatter(x=x, y=[round(curve[v][0], 3) for v in x], error_y=_bars([curve[v] for v in x]), name=name, legendgroup=variant, showlegend=False, mode="lines+markers", marker=dict(size=6, symbol=i % 8, color=colour),
                             line=dict(color=colour, dash="dot" if train else "solid", width=2), hovertemplate=f"%{{y:.3f}} bits/dim, {'training' if train else 'evaluation'}, after %{{x:,}} views", **left)
-        pairs = [(p["value"], linear[k]) for p in density if p["variant"] == variant and p["eval"]["split"] != "train" and (k := (p["run"], p["pretrain"]["views_seen"])) in linear]
+        pairs = [(p["value"], linear[k]) for p in density if p["variant"] == variant and p["eval"]["split"] not in TRAINING and (k := (p["run"], p["pretrain"]["views_seen"])) in linear]
         fig.add_scatter(x=[round(a, 3) for a, _ in pairs], y=[round(b, 2) for _, b in pairs], name=name, legendgroup=variant, mode="markers", marker=dict(size=9, symbol=i % 8, color=colour), hovertemplate="%{x:.3f} bits/dim, %{y:.2f}%", **right)
     _views_axis(fig, left)
     fig.update_yaxes(title_text="bits per dimension (dotted: training images)", **left)
@@ -134,6 +140,10 @@ def parts(found: list[dict[str, Any]]) -> dict[str, dict[Any, list[dict[str, Any
         for name, value in PARTS.items():
             if not unusual - {name}: panels[name].setdefault(value(p), []).append(p)
     return {name: dict(sorted(by.items(), key=lambda kv: (isinstance(kv[0], str), kv[0]))) for name, by in panels.items()}
+
+def comparable(found: list[dict[str, Any]]) -> bool:
+    "Whether all points are of AAVAEs, with or without a KL term, which differ in hyperparameters alone."
+    return all(p["objective"] in ("aavae", "beta") for p in found) and len({p["target"] for p in found}) < 2
 
 def sensitivity_figure(found: list[dict[str, Any]], measure: str = "linear") -> go.Figure:
     "Accuracy over batch size (as curves over views), latent size, decoder and logscale; `measure` is a column, linear or kNN k=20."
@@ -176,6 +186,21 @@ def similarity_figure(found: list[dict[str, Any]], kind: str = "centred") -> go.
     return fig
 
 # %% ../nbs/17b_figures.ipynb #ee0a9974
+def study_figures(found: list[dict[str, Any]]) -> list[go.Figure]:
+    "The figures that there are enough records for, of runs that may belong to several studies."
+    trained = [p for p in found if not p["untrained"]]
+    own, measured = [p for p in trained if comparable([p]) and p["target"] == "original"], {p["metric"] for p in trained}
+    varied = {name: by for name, by in parts(own).items() if len(by) > 1 and name != "clean pass"}
+    usual = [p for mine in parts(own)["beta"].values() for p in mine]                             # that differ in nothing but a KL term
+    figures = []
+    if varied.keys() - {"beta"}: figures.append(sensitivity_figure([p for p in own if p["objective"] == "aavae"]))
+    curves = [p for p in found if p["untrained"] or p not in own or p in usual]
+    if len({p["pretrain"]["views_seen"] for p in curves if not p["untrained"]}) > 1 and len({p["variant"] for p in curves if not p["untrained"]}) > (varied.keys() > {"beta"}): figures.append(accuracy_curves(curves))
+    if "bpd" in measured: figures.append(density_figure(found))
+    if "kl" in measured and "beta" in varied: figures.append(beta_figure(usual))
+    if "gap" in measured: figures.append(similarity_figure(found))
+    return figures
+
 FIGURES = {"table1": accuracy_curves, "semi": value_bars, "transfer": value_bars, "density": density_figure, "beta": beta_figure, "sensitivity": sensitivity_figure, "similarity": similarity_figure}
 
 def write_figure(study: str, found: list[dict[str, Any]], path: str | Path) -> Path:

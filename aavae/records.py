@@ -17,8 +17,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .data import InputError
-from .density import rank_correlation
-from .figures import parts
+from .density import TRAINING, rank_correlation
+from .figures import comparable, parts
 from .plots import CLEAR, COLOURS, DASHES, TEXT, style
 from .reconstructions import ReconstructionExplorer
 from .run import Run
@@ -97,14 +97,14 @@ class DensityExplorer(RecordExplorer):
         "Mean and standard deviation over seeds of the density by views seen."
         by: dict[int, list[float]] = {}
         for p in self.density:
-            if (p["variant"], p["metric"], p["eval"]["hyperparameters"]["proposal"], p["eval"]["split"] == "train") == (variant, self["metric"], self["proposal"], train): by.setdefault(p["pretrain"]["views_seen"], []).append(p["value"])
+            if (p["variant"], p["metric"], p["eval"]["hyperparameters"]["proposal"], p["eval"]["split"] in TRAINING) == (variant, self["metric"], self["proposal"], train): by.setdefault(p["pretrain"]["views_seen"], []).append(p["value"])
         return {v: spread_over_seeds(by[v]) for v in sorted(by)}
 
     def pairs(self, variant: str) -> list[tuple[str, int, float, float]]:
         "Run, views seen, density of the evaluation split and accuracy in per cent, of each milestone that has both."
         accuracy = {(p["run"], p["pretrain"]["views_seen"]): 100 * p["value"] for p in self.found if p["metric"] == "top1" and not p["untrained"] and column(p) == self["accuracy"]}
         return [(*key, p["value"], accuracy[key]) for p in self.density if (p["variant"], p["metric"], p["eval"]["hyperparameters"]["proposal"]) == (variant, self["metric"], self["proposal"])
-                and p["eval"]["split"] != "train" and (key := (p["run"], p["pretrain"]["views_seen"])) in accuracy]
+                and p["eval"]["split"] not in TRAINING and (key := (p["run"], p["pretrain"]["views_seen"])) in accuracy]
 
     def draw(self):
         n, self.points, self.chosen = len(self.variants), {v: self.pairs(v) for v in self.variants}, None
@@ -168,7 +168,7 @@ class StudyExplorer(RecordExplorer):
     def draw(self):
         found = self.chosen()
         if not found: raise InputError(f"nothing was measured there; choose another time for {self['measure']}")
-        panels = {name: by for name, by in parts(found).items() if len(by) > 1} or {"variant": {v: [p for p in found if p["variant"] == v] for v in dict.fromkeys(p["variant"] for p in found)}}
+        panels = {name: by for name, by in parts(found).items() if len(by) > 1 and comparable(found)} or {"variant": {v: [p for p in found if p["variant"] == v] for v in dict.fromkeys(p["variant"] for p in found)}}
         share = found[0]["metric"].startswith(("top", "ap"))
         columns = min(3, len(panels))
         rows = -(-len(panels) // columns)

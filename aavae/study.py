@@ -7,7 +7,7 @@ __all__ = ['SMALL', 'PROBES', 'FRESH', 'LOGSCALES', 'LAYERS', 'STUDIES', 'ACTIVE
            'variants', 'active_dimensions', 'posterior', 'similarity', 'turned_digits', 'other_images', 'measure',
            'Options', 'tasks', 'plan', 'Done', 'work', 'train_job', 'run_job', 'check', 'spread', 'study', 'state',
            'dry_run', 'run_points', 'points', 'column', 'final', 'spread_over_seeds', 'study_table', 'course', 'paired',
-           'ahead', 'standing', 'amount', 'since', 'crossing', 'deterioration', 'findings', 'write_study']
+           'ahead', 'standing', 'amount', 'since', 'crossing', 'deterioration', 'extremes', 'findings', 'write_study']
 
 # %% ../nbs/14_study.ipynb #04bdcd18
 import json
@@ -26,11 +26,11 @@ from torch import Tensor
 
 from .data import DataConfig, InputError, load_data, permutation, progress
 from .evaluate import LATER, TASKS, format_table, paper_value
-from .loss import gaussian_kl
+from .loss import ObjectiveConfig, gaussian_kl
 from .ranks import Failed, Interrupted
-from .run import Config, Run, atomic, encoder_facts, make_config, make_record, read_records, writer
+from .run import Config, Run, atomic, encoder_facts, load_checkpoint, make_config, make_record, read_records, writer
 from .similarity import view_similarity
-from .train import changed, preset, pretrain, scaled_to_batch
+from .train import RESUMABLE, changed, preset, pretrain, scaled_to_batch
 from .transfer import classify
 
 # %% ../nbs/14_study.ipynb #e68a530e
@@ -155,7 +155,7 @@ def measure(run: Run, task: Task, out: Path, epoch: int | None = None):
     elif task.name == "supervised": run.evaluate("semi", other_images(run.config, out, options.pop("root")), fraction=1.0, untrained=True, **options)
     elif task.name == "detect":
         from aavae.detect import detect
-        detect(run, options.pop("root"), **options)
+        detect(run, options.pop("root"), resume=True, **options)
     else: run.add_records({"posterior": posterior, "similarity": similarity}[task.name](run, **options))
 
 # %% ../nbs/14_study.ipynb #cff1c1ad
@@ -202,12 +202,15 @@ def _clock(seconds: float) -> str: return f"{int(seconds) // 3600:02}:{int(secon
 def _milestones(config: Config, o: Options) -> list[int]:
     n = config.train.max_epochs
     if config.train.keep_at_epochs: return config.train.keep_at_epochs
-    if o.max_views or o.max_minutes: return [2**k for k in range(12) if 2**k <= n]
+    if o.max_views or o.max_minutes: return [2**k for k in range(12)]       # those that the budget does not reach are not written
     return sorted({max(1, n * k // 8) for k in (1, 2, 4, 8)} if n >= 1000 else {max(1, round(n * k / 7)) for k in range(1, 8)})
 
 def plan(study: str, base: Config, o: Options) -> list[Job]:
-    "The jobs of a study, seed by seed, so that a study that is stopped holds whole rows. Raises `InputError` if there is no such study."
+    "The jobs of a study, seed by seed, so that a study that is stopped holds whole rows. Raises `InputError` if there is no such study or variant, or if `base` sets what its variants set."
     jobs, every = [], variants(study, base)
+    for name in ("name", "beta", "target"):
+        if (value := getattr(base.objective, name)) != getattr(ObjectiveConfig(), name): raise InputError(f"objective.{name} {value}: a study sets it for each of its variants; leave it out, and choose variants with --only")
+    if o.max_minutes and base.train.schedule == "cosine": raise InputError("a cosine schedule needs an end in steps, which --max_minutes does not give; use --max_views or --train.max_epochs, or --train.schedule constant")
     if unknown := [n for n in o.only if n not in every]: raise InputError(f"--only {unknown[0]}: the study {study} has no such variant; it has {', '.join(every)}")
     for seed in o.seeds:
         for name, changes in {n: every[n] for n in o.only or every}.items():
@@ -242,18 +245,15 @@ def work(job: Job, out: Path) -> Iterator[tuple[str, Callable[[Run | None], Run 
     yield "pretrain", lambda run: train_job(job, folder)
     run = Run.load(folder)
     last = encoder_facts(run.encoder_path())["epochs"]
-    for task in job.tasks:
-        for epoch in [e for e in run.milestones() if e < last] if task.milestones else []: yield task.key(epoch), lambda run, t=task, e=epoch: measure(run, t, out, e)
+    for task in job.tasks:                               # the end first: a table of what is there then shows the end of each run
         yield task.key(), lambda run, t=task: measure(run, t, out)
+        for epoch in [e for e in run.milestones() if e < last] if task.milestones else []: yield task.key(epoch), lambda run, t=task, e=epoch: measure(run, t, out, e)
 
 def train_job(job: Job, folder: Path):
     "Pretrains, or goes on."
-    there, config = (folder / "config.yaml").is_file(), job.config
-    if config.train.max_time and (folder / "encoder.safetensors").is_file():              # what is left of the budget
-        left = config.train.max_seconds - 60 * encoder_facts(folder / "encoder.safetensors")["minutes"]
-        if left < 1: return
-        config = replace(config, train=replace(config.train, max_time=_clock(left)))
-    pretrain(config, folder, resume=there)
+    there, left, saved = (folder / "config.yaml").is_file(), job.config.train.max_seconds, folder / "checkpoints" / "last.ckpt"
+    if left and saved.is_file(): left -= load_checkpoint(saved)["aavae"]["seconds"]
+    if left is None or left >= 1: pretrain(job.config, folder, resume=there, max_seconds=left)
 
 # %% ../nbs/14_study.ipynb #185d52b5
 def run_job(job: Job, out: Path, retry: bool = False) -> dict[str, str]:
@@ -282,11 +282,11 @@ def run_job(job: Job, out: Path, retry: bool = False) -> dict[str, str]:
     return problems
 
 def check(jobs: list[Job], out: Path):
-    "Raises `InputError` if the images are not there, or a run in `out` has another configuration than its job."
+    "Raises `InputError` if a run in `out` has another configuration or budget than its job."
     for job in jobs:
         folder = out / "runs" / job.name
         if not (folder / "config.yaml").is_file(): continue
-        for name, value, old in changed(job.config, Run.load(folder).config): raise InputError(f"{folder} was made with {name} {old}, this study has {value}; choose another --out, or the same configuration")
+        for name, value, old in changed(job.config, Run.load(folder).config, RESUMABLE - {"train.max_epochs", "train.max_steps", "train.max_time"}): raise InputError(f"{folder} was made with {name} {old}, this study has {value}; choose another --out, or the same configuration")
 
 # %% ../nbs/14_study.ipynb #2189101f
 def _group(jobs: list[Job], out: Path, retry: bool, threads: int | None) -> dict[str, dict[str, str]]:
@@ -346,7 +346,7 @@ def state(job: Job, out: Path) -> str:
     folder = out / "runs" / job.name
     note = Done(folder)
     if note.failed: return f"failed ({next(iter(note.failed.values())).split(';')[0]})"
-    if "pretrain" in note.done: return "done" if all(t.key() in note.done for t in job.tasks) else "trained, to be measured"
+    if "pretrain" in note.done: return "done" if all(key in note.done for key, _ in work(job, out)) else "trained, to be measured"
     try: return f"at epoch {encoder_facts(folder / 'encoder.safetensors')['epochs']:g}"
     except InputError: return "to do"
 
@@ -354,17 +354,22 @@ def dry_run(name: str, base: Config, out: str | Path, options: Options | None = 
     "The runs of a study as a table, with their state and cost."
     from aavae.doctor import duration, seconds_per_image
     out, todo, speeds, rows, total = Path(out), plan(name, base, options or Options()), {}, [], 0.0
+    minutes = bool(options and options.max_minutes)
     check(todo, out)
     try: data, why = load_data(base.data), None
     except InputError as e: data, why = None, str(e).split(";")[0]
     for job in progress(todo, "estimating the cost", leave=False):
-        t, n = job.config.train, data and len(data.split("train"))
-        views = t.max_steps * t.batch_size if t.max_steps else n and t.max_epochs * (n // t.batch_size) * t.batch_size
+        t, n = job.config.train, data and len(data.split(data.pretrain_split))
+        ends = [t.max_steps, n and t.max_epochs * (n // t.batch_size)]
+        views = t.batch_size * min((e for e in ends if e), default=0)
         if data and (key := repr((job.config.model, t.batch_size))) not in speeds: speeds[key] = seconds_per_image(job.config, data)
-        seconds = 60 * options.max_minutes if options and options.max_minutes else views * speeds[key] if data else None
+        seconds = 60 * options.max_minutes if minutes else views * speeds[key] if data else None
         now = state(job, out)
-        if seconds and (now == "to do" or now.startswith("at epoch")): total += seconds
-        budget = "" if options and options.max_minutes else f"{views:,}" if views else f"{t.max_epochs} epochs"
+        if seconds and now == "to do": total += seconds
+        if seconds and now.startswith("at epoch"):
+            facts = encoder_facts(out / "runs" / job.name / "encoder.safetensors")
+            total += seconds * (1 - min(1, facts["minutes"] / options.max_minutes if minutes else facts["views_seen"] / views))
+        budget = "" if minutes else f"{views:,}" if views else f"{t.max_epochs} epochs"
         rows.append({"run": job.name, "views": budget, "training": duration(seconds) if seconds else "", "measurements": ", ".join(dict.fromkeys(x.name for x in job.tasks)), "state": now})
     end = f"about {duration(total)} of training left on {base.train.device}, one run after another; the measurements come on top" if data else f"no estimate of the time: {why}"
     return f"{format_table(rows)}\n\n{len(rows)} runs; {end}"
@@ -417,16 +422,17 @@ def study_table(found: list[dict[str, Any]]) -> list[dict[str, str]]:
     for p in final(found):
         if p["metric"] in UNSHOWN: continue
         variant = "supervised" if p["task"] == "semi" and p["untrained"] else p["variant"]
-        row = rows.setdefault(variant, {"cells": {}, "first": p, "seeds": set(), "paper": {}})
+        row = rows.setdefault(variant, {"cells": {}, "first": p, "seeds": set(), "views": set(), "paper": {}})
         row["cells"].setdefault(column(p), {})[p["pretrain"]["seed"]] = p["value"] * (100 if p["metric"] in SHARES else 1)
         row["seeds"].add(p["pretrain"]["seed"])
+        row["views"].add(p["pretrain"]["views_seen"])
         if p["metric"] == "top1" and (known := paper_value(p)): row["paper"][f"paper: {column(p)}"] = known
     columns = list(dict.fromkeys(c for r in rows.values() for c in r["cells"]))
     show = lambda v, s: f"{v:.2f}" + ("" if s is None else f" ± {s:.2f}")
     table = []
     for variant, r in rows.items():
         e, p = r["first"], r["first"]["pretrain"]
-        table.append({"": variant, "trained on": p["label"], "encoder": e["encoder"] + (f" x{e['width']:g}" if e["width"] != 1 else "") + (" max-pool" if e["maxpool"] else ""), "views seen": f"{p['views_seen']:,}",
+        table.append({"": variant, "trained on": p["label"], "encoder": e["encoder"] + (f" x{e['width']:g}" if e["width"] != 1 else "") + (" max-pool" if e["maxpool"] else ""), "views seen": " to ".join(f"{v:,}" for v in sorted({min(r["views"]), max(r["views"])})),
                       "seeds": str(len(r["seeds"]))} | {c: show(*spread_over_seeds([*r["cells"][c].values()])) for c in columns if c in r["cells"]} | r["paper"])
     return table
 
@@ -491,6 +497,20 @@ def deterioration(courses: dict[str, dict[int, dict[int, float]]]) -> str | None
     if mean(fall) <= 0: return "no variant falls below an earlier milestone."
     return f"the largest fall below an earlier milestone is {where}" if ahead(fall) else f"no fall below an earlier milestone exceeds its spread over seeds; the largest is {where}"
 
+def extremes(found: list[dict[str, Any]], name: str) -> str | None:
+    "Which variant that changes one thing of aavae ends highest beside it, and which lowest, in a column. None below two such variants."
+    ends: dict[str, dict[int, float]] = {}
+    own = [p for p in final(found) if p["metric"] == "top1" and column(p) == name and p["variant"].startswith(("aavae", "beta"))]
+    budget = {p["pretrain"]["seed"]: p["pretrain"]["views_seen"] for p in own if p["variant"] == "aavae"}
+    for p in own:
+        seen, views = p["pretrain"]["views_seen"], budget.get(p["pretrain"]["seed"], 0)
+        if abs(seen - views) <= 0.05 * views: ends.setdefault(p["variant"], {})[p["pretrain"]["seed"]] = 100 * p["value"]       # whole batches end at slightly different numbers
+    base = ends.pop("aavae", {})
+    differences = {v: [e[s] - base[s] for s in sorted(e.keys() & base.keys())] for v, e in ends.items() if e.keys() & base.keys()}
+    if len(differences) < 2: return None
+    high, low = (f(differences, key=lambda v: mean(differences[v])) for f in (max, min))
+    return f"of {len(differences)} variants that change one thing of aavae, {high} ends highest beside it, {amount(differences[high])}, and {low} lowest, {amount(differences[low])}."
+
 def findings(found: list[dict[str, Any]]) -> list[str]:
     "What the records of a study answer, a sentence each."
     said, names = [], list(dict.fromkeys(p["variant"] for p in found))
@@ -501,7 +521,7 @@ def findings(found: list[dict[str, Any]]) -> list[str]:
         said += [f"{m}: {crossing('aavae', vae, d)}" for vae in names if vae.startswith("vae") and (d := pair("aavae", vae))]
         for a, b, text in (("aavae", "aaae", "AAVAE, which samples the code, is {} AAAE, which does not,"), ("aaae", "aaae-view", "the AAAE with the paper's target is {} the one with the original code's target"), ("aavae-clean-pass", "aavae", "AAVAE with the original code's second encoder pass is {} AAVAE without it")):
             if d := pair(a, b): said.append(f"{m}: {text.format(standing(d[max(d)]))} at {max(d):,} views: {amount(d[max(d)])}.")
-        if fall := deterioration(courses): said.append(f"{m}: {fall}")
+        said += [f"{m}: {text}" for text in (extremes(found, m), deterioration(courses)) if text]
     return said
 
 # %% ../nbs/14_study.ipynb #c2d95f10
@@ -512,9 +532,11 @@ def write_study(name: str, jobs: list[Job], out: Path) -> Path:
     kinds = {"posterior": "density", "supervised": "semi"}
     found = [p for p in points(out, names) if p["task"] in {kinds.get(w, w) for w in wanted}]
     if not found: raise InputError(f"{out} holds no records of the study {name} yet; the runs failed or are being made elsewhere")
-    p = found[0]["provenance"]
-    budget = (f"Accuracies, AP and retrieval in per cent on the {found[0]['eval']['split']} split of {found[0]['eval']['label']}; mean ± standard deviation over pretraining seeds where there are several. "
-              f"Made on {p['device']} at commit {p['commit'][:9] if p['commit'] else 'unknown'}, aavae {p['versions']['aavae']}, torch {p['versions']['torch']}.")
+    every = lambda texts: ", ".join(dict.fromkeys(texts))
+    made = [p["provenance"] for p in found]
+    where = every(f"the {p['eval']['split']} split of {p['eval']['label']}" for p in found if p["metric"] in SHARES)
+    budget = (f"Accuracies, AP and retrieval in per cent on {where or 'no split'}; mean ± standard deviation over pretraining seeds where there are several. "
+              f"Made on {every(p['device'] for p in made)} at commit {every((p['commit'] or 'unknown')[:9] for p in made)}, aavae {every(p['versions']['aavae'] for p in made)}, torch {every(p['versions']['torch'] for p in made)}.")
     text = "\n\n".join([f"# Study {name}", format_table(study_table(found), "md"), budget, *([] if not (said := findings(found)) else ["\n".join(f"- {s}" for s in said)])])
     with atomic(out / f"{name}.md") as f: f.write((text + "\n").encode())
     from aavae.figures import write_figure

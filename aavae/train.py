@@ -53,9 +53,9 @@ def preset(name: str, **changes) -> Config:
 
 # %% ../nbs/07_train.ipynb #ea4020bb
 def scaled_to_batch(config: Config, batch_size: int) -> Config:
-    "`config` for another batch size: learning rate and warm-up epochs scale linearly with it (the rule of the paper's batch-size study); the warm-up is rounded to whole epochs."
+    "`config` for another batch size: learning rate and warm-up epochs scale linearly with it (the rule of the paper's batch-size study); the warm-up is rounded to whole epochs, and remains one if there was one."
     scale = batch_size / config.train.batch_size
-    return replace(config, train=replace(config.train, batch_size=batch_size, lr=config.train.lr * scale, warmup_epochs=round(config.train.warmup_epochs * scale)))
+    return replace(config, train=replace(config.train, batch_size=batch_size, lr=config.train.lr * scale, warmup_epochs=max(round(config.train.warmup_epochs * scale), min(1, config.train.warmup_epochs))))
 
 # %% ../nbs/07_train.ipynb #b40ecc50
 class Batches(torch.utils.data.Dataset):
@@ -237,7 +237,8 @@ class _Pause(Exception): "Ends the loop at the time budget."
 
 class Keeper(AtStep):
     "Saves `last.ckpt` and `encoder.safetensors`, keeps milestones, and ends the run at a signal or at its time budget."
-    def __init__(self, run: Run, data: ImageData, total: int, metrics: Metrics, stop: Stop, ema: EMA | None = None):
+    def __init__(self, run: Run, data: ImageData, total: int, metrics: Metrics, stop: Stop, ema: EMA | None = None, max_seconds: float | None = None):
+        self.max_seconds = max_seconds                           # since the start
         self.run, self.data, self.total, self.metrics, self.stop, self.ema, self.ranks = run, data, total, metrics, stop, ema, metrics.ranks
         self.before, self.start = 0.0, time.time()               # seconds before the run was resumed; the start since then
         self.began = False                                       # whether all is restored and training
@@ -261,7 +262,7 @@ class Keeper(AtStep):
         if step in self.milestones:
             self.check(model, step)
             self.save_encoder(Path("checkpoints", f"epoch={self.milestones[step]:04}.safetensors"), model, step, whole=True)
-        out_of_time = train.max_seconds is not None and now - self.start >= train.max_seconds
+        out_of_time = self.max_seconds is not None and now - self.start >= self.max_seconds
         due = bool(train.save_every_n_steps and step % train.save_every_n_steps == 0) or now - self.saved >= 60 * train.save_every_minutes
         signum, out_of_time, due = map(int, self.ranks.most(self.stop[0] if self.stop else 0, out_of_time, due))
         if due or signum or out_of_time or step == self.total: self.save(trainer, model)
@@ -333,7 +334,7 @@ def _existing(config: Config, out: Path, resume: bool, overwrite: bool) -> bool:
     exists = (out / "config.yaml").is_file()
     if other := writer(out): raise InputError(f"{out} is being written by {other}; wait until it ends, or stop it")
     if resume and overwrite: raise InputError("--resume and --overwrite exclude each other; choose one")
-    if out.is_file() or (out.is_dir() and not exists and any(p.name[0] != "." for p in out.iterdir())): raise InputError(f"{out} is there and is no run; choose another --out")
+    if out.is_file() or (out.is_dir() and not exists and any(p.name[0] != "." and p.name != "study.json" for p in out.iterdir())): raise InputError(f"{out} is there and is no run; choose another --out")
     if resume and not exists: raise InputError(f"there is no run in {out} to resume; leave out --resume true to start one")
     if exists and not resume and not overwrite: raise InputError(f"{out} holds a run already; continue it with --resume true, replace it with --overwrite true, or choose another --out")
     if not resume: return False
@@ -348,25 +349,25 @@ def _clear(out: Path):
     for name in ("checkpoints", "features", "tensorboard", "export"): rmtree(out / name, ignore_errors=True)
 
 # %% ../nbs/07_train.ipynb #2143b6bc
-def pretrain(config: Config, out: str | Path, resume: bool = False, overwrite: bool = False, show_progress: bool = True) -> Run:
-    """Trains by `config` and returns the `Run` in folder `out`. With `train.devices` above 1 it starts that many processes, unless torchrun or SLURM has done so.
+def pretrain(config: Config, out: str | Path, resume: bool = False, overwrite: bool = False, show_progress: bool = True, max_seconds: float | None = None) -> Run:
+    """Trains by `config` and returns the `Run` in folder `out`. With `train.devices` above 1 it starts that many processes, unless torchrun or SLURM has done so. `max_seconds` is the time of this call, `train.max_time` if it is None.
 
     Raises `InputError` for what the user can mend, `Failed` if the loss is no longer finite, memory runs out or a process dies, `Interrupted` after a signal, when all is saved."""
     out, there = Path(out), cluster(config.train)
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and (out / "config.yaml").is_file(): resume, overwrite = True, False     # requeued
-    if there is not None: return _pretrain(config, out, resume, overwrite, show_progress, there)
+    if there is not None: return _pretrain(config, out, resume, overwrite, show_progress, max_seconds, there)
     if config.train.nodes > 1: raise InputError(f"train.nodes {config.train.nodes}: processes on several machines are started by torchrun or SLURM; run aavae through one of them")
-    if config.train.devices == 1 and config.train.strategy == "auto": return _pretrain(config, out, resume, overwrite, show_progress)
+    if config.train.devices == 1 and config.train.strategy == "auto": return _pretrain(config, out, resume, overwrite, show_progress, max_seconds)
     _existing(config, out, resume, overwrite)
     Ranks(config.train)
-    launch(config.train.devices, "from aavae.train import _rank; _rank()", config.flat(), str(out), resume, overwrite, show_progress)
+    launch(config.train.devices, "from aavae.train import _rank; _rank()", config.flat(), str(out), resume, overwrite, show_progress, max_seconds)
     return Run(out, config)
 
 def _rank():
     "A rank that `pretrain` has started."
     run_rank(lambda config, out, *options: _pretrain(make_config(config), Path(out), *options, TorchElasticEnvironment()))
 
-def _pretrain(config: Config, out: Path, resume: bool, overwrite: bool, show_progress: bool, there: ClusterEnvironment | None = None) -> Run:
+def _pretrain(config: Config, out: Path, resume: bool, overwrite: bool, show_progress: bool, max_seconds: float | None = None, there: ClusterEnvironment | None = None) -> Run:
     "`pretrain` in the process that trains."
     t, ranks = config.train, Ranks(config.train, there)
     reuse_memory()
@@ -385,7 +386,7 @@ def _pretrain(config: Config, out: Path, resume: bool, overwrite: bool, show_pro
         metrics = Metrics(out / "metrics.csv", batches, ranks)
         ema = EMA(model, t.ema) if t.ema and ranks.first else None
         knn = OnlineKNN(data, train if data.pretrain_split == "train" else data.split("train"), t.knn_every_n_epochs, total, metrics, t.bf16, ema)
-        bar, keeper = Progress(batches, total, knn), Keeper(run, data, total, metrics, stop, ema)
+        bar, keeper = Progress(batches, total, knn), Keeper(run, data, total, metrics, stop, ema, t.max_seconds if max_seconds is None else max_seconds)
         callbacks = [metrics, *([ema] if ema else []), knn, *([bar] if show_progress and ranks.first else []), keeper]
         trainer = ranks.trainer(total, callbacks)
         try:
