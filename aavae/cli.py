@@ -137,7 +137,7 @@ def cmd_evaluate(argv: list[str]):
     "Measures the representation of a run."
     from aavae.evaluate import LATER, TASKS, evaluate, evaluation
     task, run, given, options = read_call("evaluate", TASKS | {name: evaluation(name) for name in LATER}, argv)
-    show(evaluate(run, task, make_config(given, run.config).data if given else None, **options))
+    show(evaluate(run, task, make_config(given, None if "data.name" in given else run.config).data if given else None, **options))
 
 # %% ../nbs/21_cli.ipynb #29e640cc
 def cmd_transfer(argv: list[str]):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINING', 'UNSEEN', 'SLICE', 'log_weights', 'bound', 'effective_samples', 'nll', 'bits_per_dim', 'density',
-           'rank_correlation']
+           'most_samples', 'rank_correlation']
 
 # %% ../nbs/12_density.ipynb #5fc55f23
 import math
@@ -106,6 +106,12 @@ def _records(run: Run, data: ImageData, split: str, log_w: Tensor, hyperparamete
             | {"details": {"standard_error": round(v.std().item() / math.sqrt(n), 6) if n > 1 else None} | facts} for metric, v in values.items()]
 
 # %% ../nbs/12_density.ipynb #fe1ba38c
+def most_samples(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    "Those of density records that can be compared: of the largest number of samples, drawn with the posterior's own deviation."
+    of = lambda r: r["eval"]["hyperparameters"].get("samples", 0)
+    plain = [r for r in records if "stretch" not in r["eval"]["hyperparameters"]]
+    return [r for r in plain if of(r) == max(map(of, plain))]
+
 def rank_correlation(x: list[float], y: list[float], level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     "Spearman's rank correlation of `x (n,)` and `y (n,)`, and its bootstrap interval at `level`. NaN if one of them is constant; raises `InputError` below three pairs."
     from scipy.stats import rankdata

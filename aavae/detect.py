@@ -212,6 +212,9 @@ class DetectionKeeper(L.Callback):
         if signum and step < self.total: raise Interrupted(signum, f"stopped at step {step} of {self.total}; continue with --resume true")
 
     def save(self, trainer):
+        tensors = [t.detach().float() for t in trainer.lightning_module.state_dict().values() if t.is_floating_point()]
+        bad = not torch.nn.utils.get_total_norm(tensors).isfinite()
+        if self.ranks.most(bad)[0]: raise Diverged(f"a weight of the detector became infinite or NaN by step {trainer.global_step}; lower --lr. What was saved before is kept in {self.folder}")
         trainer.save_checkpoint(self.folder / "last.ckpt")
         if self.ranks.first:
             with atomic(self.folder / "metrics.csv") as f: f.write("".join(",".join(map(str, row)) + "\n" for row in [("step", *LOSSES), *self.rows]).encode())

@@ -10,9 +10,11 @@ __all__ = ['LRS', 'RATES', 'TASKS', 'LATER', 'PAPER', 'UNITS', 'FILTERS', 'Probe
 
 # %% ../nbs/09_evaluate.ipynb #11c94ae3
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +28,7 @@ from .augment import ViewsConfig, split_views
 from .data import DataConfig, ImageData, InputError, Split, load_data, permutation, progress, uniform
 from .encoder import ImageEncoder, embed, knn_scores
 from .features import Features, frozen
+from .ranks import Failed
 from .run import Run, atomic, make_record
 
 # %% ../nbs/09_evaluate.ipynb #fbe0a14d
@@ -60,7 +63,7 @@ def fit_probe(batch, y: Tensor, d: int, n_classes: int, seeds: tuple[int, ...] =
               weight_decay: float = 0.0, nesterov: bool = True, decay=cosine, max_steps: int | None = None, device: str | torch.device = "cpu") -> Probe:
     """Trains linear classifiers on features by SGD with momentum 0.9 (Appendix A.1). `batch(index (seeds, b), epoch)` gives features `(seeds, b, d)`; `y (n,)` are the labels.
 
-    `lr` is 0.1 * batch_size / 256 unless given; `decay` makes its factor from the share of the training that is done. Raises `InputError` if there is but one class."""
+    `lr` is 0.1 * batch_size / 256 unless given; `decay` makes its factor from the share of the training that is done. Raises `InputError` if there is but one class, `Failed` if a weight is not finite in the end."""
     if min(epochs, batch_size, len(seeds)) < 1: raise InputError("a probe needs at least one epoch, one image a batch and one seed; raise --max_epochs, --batch_size or name --seeds")
     if len(y.unique()) < 2: raise InputError("a probe needs at least two classes of labelled images; choose other data")
     n, y, lr = len(y), y.to(device), 0.1 * batch_size / 256 if lr is None else lr
@@ -79,6 +82,7 @@ def fit_probe(batch, y: Tensor, d: int, n_classes: int, seeds: tuple[int, ...] =
         logits = batch(part, epoch) @ weight.mT + bias                                  # (seeds, b, classes)
         loss = F.cross_entropy(logits.flatten(0, 1), y[part].flatten(), reduction="sum") / part.shape[1]
         sgd.zero_grad(); loss.backward(); sgd.step(); schedule.step()
+    if not (weight.isfinite().all() and bias.isfinite().all()): raise Failed(f"the linear probe diverged at learning rate {lr:g}: a weight is infinite or NaN; lower --lr")
     return Probe(weight.detach(), bias.detach())
 
 # %% ../nbs/09_evaluate.ipynb #536c065d
@@ -130,9 +134,12 @@ def stratified(labels: Tensor, fraction: float, classes: list[str], seed: int) -
         found.append(mine[:n])
     return torch.cat(found).sort().values
 
-def listed(split: Split, path: str | Path) -> Tensor:
-    "Indices of the images whose names, or class folders and names, stand in a list, one a line. Raises `InputError` with file and line at a name that is not there, or not the only one."
-    number = {p.name: i for i, p in enumerate(split.paths)} | {f"{p.parent.name}/{p.name}": i for i, p in enumerate(split.paths)}
+def listed(split: Split, path: str | Path, held_out: Split | None = None) -> Tensor:
+    """Indices of the images whose names, or class folders and names, stand in a list, one a line. Those of `held_out`, the validation split, are left out with a note.
+
+    Raises `InputError` with file and line at a name that is not there, or not the only one."""
+    names = lambda part: {p.name: i for i, p in enumerate(part.paths)} | {f"{p.parent.name}/{p.name}": i for i, p in enumerate(part.paths)}
+    number, away, left_out = names(split), names(held_out) if held_out else {}, 0
     often = Counter(p.name for p in split.paths)
     try: lines = Path(path).read_text("utf-8").split("\n")
     except (OSError, ValueError) as e: raise InputError(f"{path} cannot be read ({getattr(e, 'strerror', None) or e}); check --list_file") from e
@@ -141,34 +148,39 @@ def listed(split: Split, path: str | Path) -> Tensor:
         if not name: continue
         key = "/".join(Path(name).parts[-2:])
         key = key if key in number else Path(name).name
+        if key not in number and ("/".join(Path(name).parts[-2:]) in away or key in away):
+            left_out += 1
+            continue
         if key not in number: raise InputError(f"{path}, line {n}: {name} is no training image; use the list of this data set")
         if often[key] > 1: raise InputError(f"{path}, line {n}: {often[key]} training images are called {key}; write the class folder before the name")
         found.append(number[key])
-    if not found: raise InputError(f"{path} names no image; write one file name a line")
+    if not found: raise InputError(f"{path} names no training image; write one file name a line")
+    if left_out: print(f"note: {left_out} of the {left_out + len(found)} images of {path} are in the validation split, and left out", file=sys.stderr)
     return torch.tensor(found).unique()
 
 # %% ../nbs/09_evaluate.ipynb #f6fcb60d
 def fine_tune(encoder: ImageEncoder, split: Split, n_classes: int, lr: float, head_lr: float, epochs: int = 20, batch_size: int = 256, seed: int = 0,
               flip: float = 0.5, bf16: bool = False, max_steps: int | None = None) -> nn.Sequential:
-    "Trains `encoder` (in place) and a linear layer on a labelled split by SGD with momentum 0.9; returns both as a classifier in eval mode, images `(n, 3, s, s)` to logits."
+    "Trains `encoder` (in place) and a linear layer on a labelled split by SGD with momentum 0.9; returns both as a classifier in eval mode, images `(n, 3, s, s)` to logits. Raises `Failed` if a weight is not finite in the end."
     if min(epochs, batch_size) < 1: raise InputError("fine-tuning needs at least one epoch and one image a batch; raise --max_epochs or --batch_size")
     device, start = next(encoder.parameters()).device, uniform(seed, 0, torch.arange(n_classes), 0, encoder.dim)
     head = nn.Linear(encoder.dim, n_classes).to(device)
     with torch.no_grad(): head.weight.copy_((2 * start - 1) / math.sqrt(encoder.dim)); head.bias.zero_()
     encoder.requires_grad_(True).train()
     sgd = torch.optim.SGD([{"params": encoder.parameters(), "lr": lr}, {"params": head.parameters(), "lr": head_lr}], momentum=0.9)
-    steps = max(1, len(split) // batch_size)             # the last batch takes what is left over, so none is too small for BatchNorm
+    steps = math.ceil(len(split) / batch_size)           # equal batches of at most that size, so that none is too small for BatchNorm
     total = min(epochs * steps, max_steps or epochs * steps)
     decay = drops(0.6, 0.8)
     schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: decay(step / total))
     for step in progress(range(total), "fine-tuning", unit="step"):
         epoch, position = divmod(step, steps)
-        end = (position + 1) * batch_size if position < steps - 1 else len(split)
-        index = permutation(seed, epoch, len(split))[position * batch_size:end]
+        index = permutation(seed, epoch, len(split)).tensor_split(steps)[position]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16): logits = head(encoder(training_views(split, index, seed, epoch, flip, device)))
         loss = F.cross_entropy(logits.float(), split.labels[index].to(device))
         sgd.zero_grad(); loss.backward(); sgd.step(); schedule.step()
-    return nn.Sequential(encoder, head).eval().requires_grad_(False)
+    classifier = nn.Sequential(encoder, head)
+    if not all(p.isfinite().all() for p in classifier.parameters()): raise Failed(f"fine-tuning diverged at learning rates {lr:g} and {head_lr:g}: a weight is infinite or NaN; lower --lr and --head_lr")
+    return classifier.eval().requires_grad_(False)
 
 # %% ../nbs/09_evaluate.ipynb #325af3c3
 def _labelled(data: ImageData, *others: str) -> str:
@@ -230,7 +242,10 @@ def linear(run: Run, data: ImageData, untrained: bool = False, epoch: int | None
         _labelled(data, "val")
         val = run.features("val", data=data, untrained=untrained, epoch=epoch)
         fit = lambda lr: _trained_probe(run, data, untrained, epoch, views, standardize, seeds=tuple(seeds[:1]), epochs=max_epochs, max_steps=max_steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay)
-        lr = max((r * batch_size / 256 for r in LRS), key=lambda lr: fit(lr).accuracy(val)[0])
+        def accuracy(lr):
+            with suppress(Failed): return fit(lr).accuracy(val)[0]
+            return -1.0                                  # it diverged
+        lr = max((r * batch_size / 256 for r in LRS), key=accuracy)
     return probe_records(run, data, "linear", started, "SGD, Nesterov 0.9, cosine", untrained, epoch, views, standardize, seeds, max_epochs, max_steps, batch_size, lr, weight_decay, {"lr_chosen_on": "val"} if tune else {})
 
 RATES = {0.01: (0.02, 0.5), 0.1: (0.01, 0.2)}            # share of labels: learning rates of encoder and linear layer
@@ -239,20 +254,24 @@ def semi(run: Run, data: ImageData, fraction: float = 0.01, list_file: str | Non
          max_epochs: int = 20, max_steps: int | None = None, batch_size: int = 256, lr: float | None = None, head_lr: float | None = None) -> list[dict[str, Any]]:
     "Records (top-1, top-5) after fine-tuning on a share of the labels, drawn from each class or read from a `list_file` of file names; `untrained` is the supervised baseline."
     started, split, train = time.time(), _labelled(data), run.here
+    whole, scores, given = data.split("train"), [], {}
+    if list_file:
+        chosen = listed(whole, list_file, data.split("val") if "val" in data.splits else None)
+        share, given = len(chosen) / len(whole), {"list": Path(list_file).name}
+        fraction = round(share, 3) or round(share, 6)
     usual = RATES[0.01 if fraction < 0.05 else 0.1]
-    lr, head_lr, scores = usual[0] if lr is None else lr, usual[1] if head_lr is None else head_lr, []
+    lr, head_lr = usual[0] if lr is None else lr, usual[1] if head_lr is None else head_lr
     for seed in seeds:
-        whole = data.split("train")
-        index = listed(whole, list_file) if list_file else stratified(whole.labels, fraction, data.classes, seed)
+        index = chosen if list_file else stratified(whole.labels, fraction, data.classes, seed)
         absent = set(range(len(data.classes))) - set(whole.labels[index].tolist())
         if absent: raise InputError(f"{list_file} names no image of class {data.classes[min(absent)]}; list some of each class")
-        names = [str(whole.paths[i].name) if whole.paths else str(i) for i in index.tolist()]
-        with atomic(run.path / "splits" / f"{data.name}-{fraction:g}-seed{seed}.txt") as f: f.write("\n".join([*names, ""]).encode(errors="backslashreplace"))
+        names = ["/".join(whole.paths[i].parts[-2:]) if whole.paths else str(i) for i in index.tolist()]
+        with atomic(run.path / "splits" / f"{data.name}-{Path(list_file).stem if list_file else format(fraction, 'g')}-seed{seed}.txt") as f: f.write("\n".join([*names, ""]).encode(errors="backslashreplace"))
         classifier = fine_tune(run.encoder(untrained, epoch).to(train.device), whole.take(index), len(data.classes), lr, head_lr, max_epochs, batch_size, seed, run.config.views.flip, train.bf16, max_steps)
         scores.append(embed(classifier, data.split(split), bf16=train.bf16, desc=f"testing on {data.name}/{split}").cpu())
     y = data.split(split).labels
-    hyperparameters = {"optimizer": "SGD, momentum 0.9, x0.1 at 3/5 and 4/5", "epochs": max_epochs, "batch_size": batch_size, "lr": lr, "head_lr": head_lr, "labels": len(index)} | ({"max_steps": max_steps} if max_steps else {})
-    return top_records(run, data, "semi", scores, y, seeds, split, hyperparameters, started, untrained, True, epoch, fraction=round(len(index) / len(whole), 6) if list_file else fraction)
+    hyperparameters = {"optimizer": "SGD, momentum 0.9, x0.1 at 3/5 and 4/5", "epochs": max_epochs, "batch_size": batch_size, "lr": lr, "head_lr": head_lr, "labels": len(index)} | given | ({"max_steps": max_steps} if max_steps else {})
+    return top_records(run, data, "semi", scores, y, seeds, split, hyperparameters, started, untrained, True, epoch, fraction=fraction)
 
 # %% ../nbs/09_evaluate.ipynb #3b294c63
 TASKS = {"knn": knn, "linear": linear, "semi": semi}

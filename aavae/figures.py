@@ -20,7 +20,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .density import TRAINING, rank_correlation
+from .density import TRAINING, most_samples, rank_correlation
 from .plots import COLOURS, COSINE, DASHES, TEXT, style
 from .run import atomic
 from .study import LAYERS, SHARES, column, final, spread_over_seeds
@@ -89,7 +89,7 @@ def _logscale(variant: str, density: list[dict[str, Any]]) -> str:
 
 def density_figure(found: list[dict[str, Any]], proposal: str = "clean") -> go.Figure:
     "Bits per dimension over views (training dotted, evaluation solid), and against the linear probe's accuracy."
-    density = [p for p in found if p["metric"] == "bpd" and p["eval"]["hyperparameters"]["proposal"] == proposal]
+    density = most_samples([p for p in found if p["metric"] == "bpd" and p["eval"]["hyperparameters"]["proposal"] == proposal])
     linear = {(p["run"], p["pretrain"]["views_seen"]): 100 * p["value"] for p in found if (p["task"], p["metric"]) == ("linear", "top1") and not p["untrained"]}
     values = gathered(density, lambda p: (p["variant"], p["eval"]["split"] in TRAINING, p["pretrain"]["views_seen"]))
     evaluated = [(p["value"], linear[k]) for p in density if p["eval"]["split"] not in TRAINING and (k := (p["run"], p["pretrain"]["views_seen"])) in linear]

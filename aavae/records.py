@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .data import InputError
-from .density import TRAINING, rank_correlation
+from .density import TRAINING, most_samples, rank_correlation
 from .figures import comparable, parts
 from .plots import CLEAR, COLOURS, DASHES, TEXT, style
 from .reconstructions import ReconstructionExplorer
@@ -62,7 +62,7 @@ class RecordExplorer(Explorer):
 class DensityExplorer(RecordExplorer):
     "Density over views beside density against accuracy, linked; with Spearman's rank correlation of all milestones or of those chosen."
     def build(self) -> list:
-        density = [p for p in self.found if p["task"] == "density" and p["metric"] in ("bpd", "nll") and not p["untrained"]]
+        density = most_samples([p for p in self.found if p["task"] == "density" and p["metric"] in ("bpd", "nll") and not p["untrained"]])
         if not density: raise InputError(f"{self.source} holds no records of density; measure them with aavae evaluate density RUN, or aavae study density")
         measures = [m for m in dict.fromkeys(column(p) for p in self.found if p["metric"] == "top1" and not p["untrained"])]
         self.density, self.variants = density, list(dict.fromkeys(p["variant"] for p in density))

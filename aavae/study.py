@@ -333,8 +333,10 @@ def study(name: str, base: Config, out: str | Path, options: Options | None = No
             print(f"{job.name}: {state(job, out)}", file=sys.stderr)
             problems[job.name] = run_job(job, out, retry)
     else: problems = spread(todo, out, retry, executor, jobs, slurm or {})
-    table = write_study(name, todo, out)
     failed = {job: p for job, p in problems.items() if p}
+    try: table = write_study(name, todo, out)
+    except InputError:                                   # no records, for a reason that is told below
+        if not failed: raise
     if failed:
         job, p = next(iter(failed.items()))
         raise Failed(f"{len(failed)} of {len(todo)} runs of the study have failures, the first in {job} ({next(iter(p.values()))}); mend the cause and repeat with --retry true")
@@ -393,15 +395,17 @@ SHARES = ("top1", "top5", "ap", "ap50", "ap75", "retrieval")
 def column(p: dict[str, Any]) -> str:
     "The column of a table that a record belongs to."
     h, e, task = p["eval"]["hyperparameters"], p["eval"], p["task"]
-    if task == "knn": return f"kNN k={h['k']}"
+    other = f" on {e['label']}" if e.get("label") != p["pretrain"].get("label") else ""
+    if task == "knn": return f"kNN k={h['k']}{other}"
     if task == "semi" and e["fraction"] == 1: return f"transfer to {e['label']}"
     if task == "classify": return f"transfer to {e['label']}"
     if task == "semi": return f"{100 * e['fraction']:g}% labels"
     if task == "detect": return {"ap": "AP", "ap50": "AP50", "ap75": "AP75"}.get(p["metric"], p["metric"])
     if task == "similarity": return f"{h['layer']} {p['metric'].replace('_', ' ')}"
     if p["metric"] in ("kl", "active"): return {"kl": "KL (nats)", "active": "active dimensions"}[p["metric"]]
-    if task == "density": return f"{p['metric']} {e['split']}, {h['proposal']}"
-    return "linear" if p["metric"] == "top1" else p["metric"]
+    if task == "density": return f"{p['metric']} {e['split']}, {h['proposal']}, K={h['samples']}" + (f", std x{h['stretch']:g}" if "stretch" in h else "")
+    how = " on views" * bool(e.get("views")) + " (standardized)" * bool(h.get("standardize")) + " (lr tuned)" * ("lr_chosen_on" in h)
+    return ("linear" if p["metric"] == "top1" else p["metric"]) + how + other
 
 def final(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     "The points at the end of each run, and those of untrained networks."

@@ -253,7 +253,7 @@ class Keeper(AtStep):
 
     def on_save_checkpoint(self, trainer, model, checkpoint):
         checkpoint.setdefault("aavae", {}).update({"format": FORMAT, "seconds": self.seconds, "fingerprint": self.data.fingerprint(self.data.pretrain_split),
-                                                   "threads": torch.get_num_threads(), "ranks": self.ranks.world})
+                                                   "threads": torch.get_num_threads(), "ranks": self.ranks.world, "bf16": self.ranks.train.bf16})
 
     def on_load_checkpoint(self, trainer, model, checkpoint): self.before = checkpoint["aavae"]["seconds"]
 
@@ -428,7 +428,8 @@ def _is_done(path: Path, model: AAVAE, data: ImageData, total: int, ranks: Ranks
         raise InputError(f"the training images of {data.name} are not those that {path.parent.parent} was trained on; set --data.root to the same ones")
     if not _fits(checkpoint, model): raise InputError(f"{path} is of another network or optimiser than {path.parent.parent / 'config.yaml'}; put the right file back, or start anew with --overwrite true")
     done = checkpoint["global_step"] >= total
-    for what, before, now in (("threads", own.get("threads"), torch.get_num_threads()), ("processes", own.get("ranks", 1), ranks.world)):
+    number = lambda bf16: "bf16" if bf16 else "32-bit"
+    for what, before, now in (("threads", own.get("threads"), torch.get_num_threads()), ("processes", own.get("ranks", 1), ranks.world), ("numbers", number(own.get("bf16", ranks.train.bf16)), number(ranks.train.bf16))):
         if before != now and not done:
             print(f"note: the run was saved with {before} {what} and goes on with {now}; the images and their order stay, sums are rounded differently"
                   + (" and each process normalises its share by itself" if what == "processes" and ranks.device.type == "cpu" else "") + ", so the result is close but not bit-identical", file=sys.stderr)
