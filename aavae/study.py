@@ -11,6 +11,7 @@ __all__ = ['SMALL', 'PROBES', 'FRESH', 'LOGSCALES', 'LAYERS', 'STUDIES', 'ACTIVE
 
 # %% ../nbs/14_study.ipynb #04bdcd18
 import json
+import math
 import os
 import sys
 import time
@@ -455,12 +456,12 @@ def paired(a: dict[int, dict[int, float]], b: dict[int, dict[int, float]]) -> di
     return {views: [a[views][s] - b[views][s] for s in sorted(seeds)] for views in both if seeds and seeds <= both[views]}
 
 def ahead(differences: list[float]) -> bool:
-    "Whether the mean of differences exceeds their standard deviation over seeds; of a single one, whether it is above 0."
+    "Whether the mean of differences over seeds exceeds two standard errors; of a single one, whether it is above 0."
     middle, deviation = spread_over_seeds(differences)
-    return middle > (deviation or 0)
+    return middle > 2 * (deviation or 0) / math.sqrt(len(differences))
 
 def standing(differences: list[float]) -> str:
-    "`ahead of` or `behind`; `level with` if the mean is within the spread over seeds; of one seed, which claims less, `above` or `below`."
+    "`ahead of` or `behind`; `level with` if the mean is within two standard errors; of one seed, which claims less, `above` or `below`."
     more, less = ("ahead of", "behind") if len(differences) > 1 else ("above", "below")
     return more if ahead(differences) else less if ahead([-d for d in differences]) else "level with"
 
@@ -490,7 +491,7 @@ def crossing(a: str, b: str, differences: dict[int, list[float]]) -> str:
     return f"{there} from {first:,} views on" + (f" ({text})" if set(each) != {first} else "") + f", by {amount(differences[end], '')} at {end:,}."
 
 def deterioration(courses: dict[str, dict[int, dict[int, float]]]) -> str | None:
-    "The largest fall of a variant below an earlier milestone, in the mean over seeds; one that exceeds its spread comes first. None if no variant has three milestones."
+    "The largest fall of a variant below an earlier milestone, in the mean over seeds; one that exceeds two standard errors comes first. None if no variant has three milestones."
     falls = []
     for variant, c in courses.items():
         whole = [views for views in c if c[max(c)].keys() <= c[views].keys()]
@@ -499,7 +500,7 @@ def deterioration(courses: dict[str, dict[int, dict[int, float]]]) -> str | None
     variant, u, v, fall = max(falls, key=lambda f: (ahead(f[3]), mean(f[3])))
     where = f"that of {variant} from {u:,} to {v:,} views: {amount(fall, '')}."
     if mean(fall) <= 0: return "no variant falls below an earlier milestone."
-    return f"the largest fall below an earlier milestone is {where}" if ahead(fall) else f"no fall below an earlier milestone exceeds its spread over seeds; the largest is {where}"
+    return f"the largest fall below an earlier milestone is {where}" if ahead(fall) else f"no fall below an earlier milestone exceeds two standard errors; the largest is {where}"
 
 def extremes(found: list[dict[str, Any]], name: str) -> str | None:
     "Which variant that changes one thing of aavae ends highest beside it, and which lowest, in a column. None below two such variants."
