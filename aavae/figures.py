@@ -108,6 +108,10 @@ def density_figure(found: list[dict[str, Any]], proposal: str = "clean") -> go.F
     _views_axis(fig, left)
     fig.update_yaxes(title_text="bits per dimension (dotted: training images)", **left)
     fig.update_xaxes(title_text="bits per dimension, evaluation split", **right).update_yaxes(title_text="linear probe (%)", **right)
+    shown = [p["value"] for p in density]
+    if shown and 0 < 3 * min(shown) < max(shown):        # a far-off logscale would press the others together
+        ticks = dict(type="log", tickvals=[a * 10**k for k in range(-1, 4) for a in (1, 2, 5)])
+        fig.update_yaxes(ticks, **left).update_xaxes(ticks, **right)
     return _finish(fig, 420)
 
 # %% ../nbs/17b_figures.ipynb #0afed05f

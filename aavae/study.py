@@ -514,7 +514,7 @@ def extremes(found: list[dict[str, Any]], name: str) -> str | None:
     differences = {v: [e[s] - base[s] for s in sorted(e.keys() & base.keys())] for v, e in ends.items() if e.keys() & base.keys()}
     if len(differences) < 2: return None
     high, low = (f(differences, key=lambda v: mean(differences[v])) for f in (max, min))
-    return f"of {len(differences)} variants that change one thing of aavae, {high} ends highest beside it, {amount(differences[high])}, and {low} lowest, {amount(differences[low])}."
+    return f"beside aavae, of {len(differences)} variants that change one thing of it, {high} ends highest, {amount(differences[high])}, and {low} lowest, {amount(differences[low])}."
 
 def findings(found: list[dict[str, Any]]) -> list[str]:
     "What the records of a study answer, a sentence each."
