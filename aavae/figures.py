@@ -150,9 +150,10 @@ def comparable(found: list[dict[str, Any]]) -> bool:
     return all(p["objective"] in ("aavae", "beta") for p in found) and len({p["target"] for p in found}) < 2
 
 def sensitivity_figure(found: list[dict[str, Any]], measure: str = "linear") -> go.Figure:
-    "Accuracy over batch size (as curves over views), latent size, decoder and logscale; `measure` is a column, linear or kNN k=20."
+    "Accuracy over batch size (as curves over views), latent size, decoder and logscale, those that vary; `measure` is a column, linear or kNN k=20."
     found = [p for p in found if column(p) == measure and p["metric"] == "top1" and not p["untrained"]]
-    panels, names = parts(found), ["batch size", "latent size", "decoder", "logscale"]
+    panels = parts(found)
+    names = [n for n in ("batch size", "latent size", "decoder", "logscale") if len(panels[n]) > 1] or ["batch size"]
     fig, places = _panels(names)
     for name, place in zip(names, places):
         if name == "batch size":
@@ -171,7 +172,7 @@ def sensitivity_figure(found: list[dict[str, Any]], measure: str = "linear") -> 
         fig.update_yaxes(title_text=f"{measure} (%)", **place)
     shown = [y for trace in fig.data for y in trace.y]
     if shown: fig.update_yaxes(range=[min(shown) - 1 - 0.1 * (max(shown) - min(shown)), max(shown) + 1 + 0.1 * (max(shown) - min(shown))])       # one scale, so that small differences look small
-    return _finish(fig, 720)
+    return _finish(fig, 720 if len(names) > 2 else 380)
 
 # %% ../nbs/17b_figures.ipynb #ff9df58a
 def similarity_figure(found: list[dict[str, Any]], kind: str = "centred") -> go.Figure:

@@ -431,7 +431,8 @@ def study_table(found: list[dict[str, Any]]) -> list[dict[str, str]]:
         row["cells"].setdefault(column(p), {})[p["pretrain"]["seed"]] = p["value"] * (100 if p["metric"] in SHARES else 1)
         row["seeds"].add(p["pretrain"]["seed"])
         row["views"].add(p["pretrain"]["views_seen"])
-        if p["metric"] == "top1" and (known := paper_value(p)): row["paper"][f"paper: {column(p)}"] = known
+        own = not variant.startswith("aavae-")           # the paper has no number for what changes one thing of it
+        if p["metric"] == "top1" and own and (known := paper_value(p)): row["paper"][f"paper: {column(p)}"] = known
     columns = list(dict.fromkeys(c for r in rows.values() for c in r["cells"]))
     show = lambda v, s: f"{v:.2f}" + ("" if s is None else f" ± {s:.2f}")
     table = []
