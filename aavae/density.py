@@ -110,7 +110,8 @@ def most_samples(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     "Those of density records that can be compared: of the largest number of samples, drawn with the posterior's own deviation."
     of = lambda r: r["eval"]["hyperparameters"].get("samples", 0)
     plain = [r for r in records if "stretch" not in r["eval"]["hyperparameters"]]
-    return [r for r in plain if of(r) == max(map(of, plain))]
+    most = max(map(of, plain), default=0)
+    return [r for r in plain if of(r) == most]
 
 def rank_correlation(x: list[float], y: list[float], level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     "Spearman's rank correlation of `x (n,)` and `y (n,)`, and its bootstrap interval at `level`. NaN if one of them is constant; raises `InputError` below three pairs."

@@ -33,7 +33,7 @@ from .encoder import BACKBONES, Encoder, Normalize
 from .memory import out_of_memory
 from .ranks import Failed, Interrupted, Ranks, Stop, cluster, launch, run_rank, stop_signals
 from .run import FORMAT, Run, atomic, device_name, load_checkpoint, make_record, tensors_hash, writing
-from .train import Diverged, StepLoader, _quiet
+from .train import Diverged, StepLoader, _quiet, finite
 from .voc import VOC, Photo, coco_ap, draw_predictions, load_photo, voc_ap
 
 # %% ../nbs/11_detect.ipynb #363ae93c
@@ -212,9 +212,7 @@ class DetectionKeeper(L.Callback):
         if signum and step < self.total: raise Interrupted(signum, f"stopped at step {step} of {self.total}; continue with --resume true")
 
     def save(self, trainer):
-        tensors = [t.detach().float() for t in trainer.lightning_module.state_dict().values() if t.is_floating_point()]
-        bad = not torch.nn.utils.get_total_norm(tensors).isfinite()
-        if self.ranks.most(bad)[0]: raise Diverged(f"a weight of the detector became infinite or NaN by step {trainer.global_step}; lower --lr. What was saved before is kept in {self.folder}")
+        if self.ranks.most(not finite(trainer.lightning_module))[0]: raise Diverged(f"a weight of the detector became infinite or NaN by step {trainer.global_step}; lower --lr. What was saved before is kept in {self.folder}")
         trainer.save_checkpoint(self.folder / "last.ckpt")
         if self.ranks.first:
             with atomic(self.folder / "metrics.csv") as f: f.write("".join(",".join(map(str, row)) + "\n" for row in [("step", *LOSSES), *self.rows]).encode())

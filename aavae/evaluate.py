@@ -146,12 +146,12 @@ def listed(split: Split, path: str | Path, held_out: Split | None = None) -> Ten
     found = []
     for n, name in enumerate(map(str.strip, lines), 1):
         if not name: continue
-        key = "/".join(Path(name).parts[-2:])
-        key = key if key in number else Path(name).name
-        if key not in number and ("/".join(Path(name).parts[-2:]) in away or key in away):
+        keys = ["/".join(Path(name).parts[-2:]), Path(name).name]
+        key = next((k for k in keys if k in number), None)
+        if key is None and any(k in away for k in keys):
             left_out += 1
             continue
-        if key not in number: raise InputError(f"{path}, line {n}: {name} is no training image; use the list of this data set")
+        if key is None: raise InputError(f"{path}, line {n}: {name} is no training image; use the list of this data set")
         if often[key] > 1: raise InputError(f"{path}, line {n}: {often[key]} training images are called {key}; write the class folder before the name")
         found.append(number[key])
     if not found: raise InputError(f"{path} names no training image; write one file name a line")

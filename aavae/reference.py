@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACCURACIES', 'BUDGET', 'typed', 'framed', 'takes', 'parser_of', 'parsers', 'flags', 'usage', 'command_reference',
            'field_rows', 'field_reference', 'studies', 'folded', 'circumstances', 'other_rows', 'records_table',
-           'results_reference']
+           'variants_table', 'results_reference']
 
 # %% ../nbs/22b_reference.ipynb #7dd537c2
 import inspect
@@ -170,13 +170,17 @@ def records_table(records: list[dict[str, Any]]) -> str:
         parts.append(framed(sorted(rows, key=lambda row: kind.index((row.get("data", ""), row["task"]))), "records", shared))
     return "\n\n".join(filter(None, parts))
 
+def variants_table(rows: list[dict[str, str]]) -> str:
+    "Rows of `study_table` as a Markdown table, and above it what they share of their budget; nothing if there are none."
+    shared, rows = folded(rows, tuple(c for row in rows for c in row if c not in BUDGET))
+    return framed(rows, "records", shared)
+
 def results_reference(root: str | Path) -> str:
     "Every study under `root` with its circumstances, a row for each variant, its findings and all records, in Markdown."
     parts = []
     for name, records in studies(root).items():
-        end, table = final(records), study_table(records)
-        shared, rows = folded(table, tuple(c for row in table for c in row if c not in BUDGET))
-        parts += [f"## {name}", circumstances(end), framed(rows, "records", shared), "\n".join(f"- {s}" for s in findings(records)),
+        end = final(records)
+        parts += [f"## {name}", circumstances(end), variants_table(study_table(records)), "\n".join(f"- {s}" for s in findings(records)),
                   f"<details><summary>All records</summary>\n\n{records_table(end)}\n\n</details>"]
     bench = Path(root) / "bench.json"
     if bench.is_file(): parts += ["## Speed and memory", f"```text\n{format_bench(json.loads(bench.read_text()))}\n```"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'LOG_EVERY', 'ROWS_HELD', 'SECONDS_HELD', 'COLUMNS', 'RESUMABLE', 'preset', 'scaled_to_batch', 'Batches',
-           'StepLoader', 'Diverged', 'AtStep', 'Metrics', 'EMA', 'OnlineKNN', 'Keeper', 'Progress', 'changed',
+           'StepLoader', 'Diverged', 'AtStep', 'Metrics', 'EMA', 'OnlineKNN', 'finite', 'Keeper', 'Progress', 'changed',
            'pretrain']
 
 # %% ../nbs/07_train.ipynb #57d6f272
@@ -235,6 +235,11 @@ class OnlineKNN(AtStep):
 # %% ../nbs/07_train.ipynb #377979ba
 class _Pause(Exception): "Ends the loop at the time budget."
 
+def finite(model: torch.nn.Module) -> bool:
+    "Whether no weight or buffer of `model` is infinite or NaN."
+    tensors = [t.detach().float() for t in model.state_dict().values() if t.is_floating_point()]
+    return bool(torch.nn.utils.get_total_norm(tensors).isfinite())
+
 class Keeper(AtStep):
     "Saves `last.ckpt` and `encoder.safetensors`, keeps milestones, and ends the run at a signal or at its time budget."
     def __init__(self, run: Run, data: ImageData, total: int, metrics: Metrics, stop: Stop, ema: EMA | None = None, max_seconds: float | None = None):
@@ -284,9 +289,7 @@ class Keeper(AtStep):
     def check(self, model: AAVAE, step: int):
         "Raises `Diverged` if a loss or a weight is not finite."
         self.metrics.flush()
-        tensors = [t.detach().float() for t in model.state_dict().values() if t.is_floating_point()]
-        bad = not torch.nn.utils.get_total_norm(tensors).isfinite()
-        if self.ranks.most(bad)[0]: raise Diverged(f"a weight became infinite or NaN by step {step}")
+        if self.ranks.most(not finite(model))[0]: raise Diverged(f"a weight became infinite or NaN by step {step}")
 
     def facts(self, step: int) -> dict:
         "What an encoder file says about itself."
