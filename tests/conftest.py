@@ -1,4 +1,5 @@
 "Fixtures: the command line, the browser, and real images from the folder that AAVAE_TEST_DATA names."
+
 import multiprocessing
 import os
 import resource
@@ -19,51 +20,83 @@ def pytest_configure(config):
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
-    parser.addoption("--rehearse", action="store_true", help="run the tests for a GPU on the CPU, to see that they work")
-    parser.addoption("--write-errors", action="store_true", help="write nbs/errors.ipynb anew from what the command line answers")
+    parser.addoption(
+        "--rehearse", action="store_true", help="run the tests for a GPU on the CPU, to see that they work"
+    )
+    parser.addoption(
+        "--write-errors", action="store_true", help="write nbs/errors.ipynb anew from what the command line answers"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"): item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
-        if "cuda" in item.keywords and not torch.cuda.is_available() and not config.getoption("--rehearse"): item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+        if "cuda" in item.keywords and not torch.cuda.is_available() and not config.getoption("--rehearse"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session")
 def aavae():
     "Runs one command line in a process of its own: aavae('pretrain', '--out', ...) -> CompletedProcess."
+
     def run(*args, **options):
-        return subprocess.run([sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())", *map(str, args)],
-                              capture_output=True, text=True, timeout=600, **options)
+        return subprocess.run(
+            [sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())", *map(str, args)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            **options,
+        )
+
     return run
 
 
-PRELOAD = ["aavae.cli", "aavae.train", "aavae.evaluate", "aavae.doctor", "aavae.report", "aavae.export", "jsonargparse", "torchvision.datasets"]
+PRELOAD = [
+    "aavae.cli",
+    "aavae.train",
+    "aavae.evaluation.tasks",
+    "aavae.tools.doctor",
+    "aavae.explore.report",
+    "aavae.tools.export",
+    "jsonargparse",
+    "torchvision.datasets",
+]
 
 
 def _child(argv, out, err, memory):
     "A command line in a process that has imported everything already."
-    for stream, path in ((1, out), (2, err)): os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    if memory: resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    if memory:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     import torch
+
     from aavae.cli import main
+
     torch.set_num_threads(1)
-    try: code = main(argv)
-    except SystemExit as e: code = e.code if isinstance(e.code, int) else 1
+    try:
+        code = main(argv)
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 1
     except BaseException:
         import traceback
+
         traceback.print_exc()
         code = 1
-    sys.stdout.flush(); sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code or 0)
 
 
 @pytest.fixture(scope="session")
 def quick_aavae(tmp_path_factory):
-    "Like `aavae`, in a fork of a process that has done the imports: for many short commands. `memory` limits the address space in bytes."
+    """Like `aavae`, in a fork of a process that has done the imports: for many short commands. `memory` limits the
+    address space in bytes."""
     context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("out")
     context.set_forkserver_preload(PRELOAD)
+
     def run(*args, timeout=120, memory=None):
         out, err = folder / "out", folder / "err"
         process = context.Process(target=_child, args=(list(map(str, args)), str(out), str(err), memory))
@@ -71,8 +104,13 @@ def quick_aavae(tmp_path_factory):
         process.join(timeout)
         if process.is_alive():
             process.kill()
-            raise TimeoutError(f"{timeout} s were not enough for {args}; its last words: {err.read_text(errors='replace')[-500:]}")
-        return subprocess.CompletedProcess(args, process.exitcode, out.read_text(errors="replace"), err.read_text(errors="replace"))
+            raise TimeoutError(
+                f"{timeout} s were not enough for {args}; its last words: {err.read_text(errors='replace')[-500:]}"
+            )
+        return subprocess.CompletedProcess(
+            args, process.exitcode, out.read_text(errors="replace"), err.read_text(errors="replace")
+        )
+
     return run
 
 
@@ -80,18 +118,24 @@ def quick_aavae(tmp_path_factory):
 def test_data(tmp_path_factory):
     "test_data(name) is the folder of a real data set, unpacked once; skips where AAVAE_TEST_DATA has none."
     unpacked = {}
+
     def find(name: str) -> Path:
-        if name in unpacked: return unpacked[name]
+        if name in unpacked:
+            return unpacked[name]
         root = os.environ.get("AAVAE_TEST_DATA")
-        if not root: pytest.skip(f"{name} needs AAVAE_TEST_DATA, the folder of the test data")
+        if not root:
+            pytest.skip(f"{name} needs AAVAE_TEST_DATA, the folder of the test data")
         folder, archive = Path(root) / name, Path(root) / f"{name}.tar.xz"
         if not folder.is_dir():
-            if not archive.is_file(): pytest.skip(f"{root} holds no {name}")
+            if not archive.is_file():
+                pytest.skip(f"{root} holds no {name}")
             target = tmp_path_factory.mktemp("data")
-            with tarfile.open(archive) as tar: tar.extractall(target, filter="data")
+            with tarfile.open(archive) as tar:
+                tar.extractall(target, filter="data")
             folder = target / name
         unpacked[name] = folder
         return folder
+
     return find
 
 
@@ -102,21 +146,28 @@ def cifar(test_data, tmp_path_factory):
     for split, n in (("train", 52), ("test", 10)):
         for folder in sorted((source / split).iterdir()):
             (small / split / folder.name).mkdir(parents=True)
-            for path in sorted(folder.iterdir())[:n]: shutil.copy(path, small / split / folder.name)
+            for path in sorted(folder.iterdir())[:n]:
+                shutil.copy(path, small / split / folder.name)
     return small
 
 
 @pytest.fixture(scope="session")
 def browser():
     "A headless Chromium with WebGL by software; skips where there is none."
-    from aavae.figures import chromium
-    if not chromium(): pytest.skip("no Chromium here")
+    from aavae.explore.figures import chromium
+
+    if not chromium():
+        pytest.skip("no Chromium here")
     sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright here")
     with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"])
+        browser = p.chromium.launch(
+            executable_path=chromium(),
+            args=["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"],
+        )
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="session")
-def page(browser): return browser.new_page()
+def page(browser):
+    return browser.new_page()

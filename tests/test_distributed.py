@@ -1,4 +1,5 @@
 "Two real processes: the same gradients as one, one writer, one message when a rank dies or a signal comes."
+
 import os
 import signal
 import socket
@@ -11,12 +12,27 @@ import pytest
 import torch
 
 from aavae import Failed, Run, preset, pretrain
-from aavae.data import InputError
+from aavae.errors import InputError
 
 AAVAE = [sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())"]
-TWO = ["pretrain", "--train.accelerator", "cpu", "--train.devices", "2", "--model.width", "0.125", "--train.precision", "32", "--train.warmup_epochs", "1", "--train.knn_every_n_epochs", "2"]
+TWO = [
+    "pretrain",
+    "--train.accelerator",
+    "cpu",
+    "--train.devices",
+    "2",
+    "--model.width",
+    "0.125",
+    "--train.precision",
+    "32",
+    "--train.warmup_epochs",
+    "1",
+    "--train.knn_every_n_epochs",
+    "2",
+]
 
-# What one rank does in the comparison: the training loop in float64, with BatchNorm frozen, keeping gradients and weights of each step
+# What one rank does in the comparison: the training loop in float64, with BatchNorm frozen, keeping gradients and
+# weights of each step
 SCRIPT = """
 import sys
 import torch
@@ -28,12 +44,17 @@ def frozen(*args):
     for m in model.modules():
         if isinstance(m, torch.nn.modules.batchnorm._BatchNorm): m.train = lambda mode=True, m=m: m; m.training = False
     return model
-class Kept(train.Keeper):
-    def on_before_optimizer_step(self, trainer, model, optimizer):
-        kept.append([torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), torch.cat([p.detach().flatten() for p in model.parameters()])])
-train.build_model, train.Keeper = frozen, Kept
-run = pretrain(preset("digits", model__width=0.125, train__batch_size=32, train__lr=1e-3, train__warmup_epochs=0, train__max_steps=20, train__precision="32", train__accelerator="cpu",
-                      train__devices=ranks, train__accumulate=accumulate, train__knn_every_n_epochs=0), out, show_progress=False)
+class Kept(train.Step):
+    def update(self):
+        parameters = list(self.method.parameters())
+        gradients = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        kept.append([gradients, torch.cat([p.detach().flatten() for p in parameters])])
+        super().update()
+train.build_model, train.Step = frozen, Kept
+config = preset("digits", model__width=0.125, train__batch_size=32, train__lr=1e-3, train__warmup_epochs=0,
+                train__max_steps=20, train__precision="32", train__accelerator="cpu", train__devices=ranks,
+                train__accumulate=accumulate, train__knn_every_n_epochs=0)
+run = pretrain(config, out, show_progress=False)
 torch.save(kept, f"{out}-{train.os.environ.get('RANK', 0)}.pt")
 """
 
@@ -42,8 +63,17 @@ def run_script(out: Path, ranks: int, accumulate: int = 1) -> list:
     "Gradients and weights of the 20 steps; two ranks by torchrun."
     script = out.parent / "script.py"
     script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())] if ranks > 1 else []
-    done = subprocess.run([sys.executable, *launcher, str(script), str(ranks), str(accumulate), str(out)], capture_output=True, text=True, timeout=300)
+    launcher = (
+        ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+        if ranks > 1
+        else []
+    )
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(ranks), str(accumulate), str(out)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return [torch.load(f"{out}-{rank}.pt") for rank in range(ranks)]
 
@@ -55,10 +85,18 @@ def free_port() -> int:
 
 
 def test_two_ranks_are_one(tmp_path):
-    "In float64 with BatchNorm frozen, 20 steps: gradients and weights of two ranks, and of two micro-batches, are those of one process within 1e-9, and so are the metrics."
-    (one,), two, (micro,) = run_script(tmp_path / "one", 1), run_script(tmp_path / "two", 2), run_script(tmp_path / "micro", 1, 2)
-    assert len(one) == 20 and (one[-1][1] - one[0][1]).norm() > 1e-3 * one[0][1].norm()           # it has moved
-    worst = max((a - b).norm() / a.norm() for other in (*two, micro) for x, y in zip(one, other) for a, b in zip(x, y))
+    """In float64 with BatchNorm frozen, 20 steps: gradients and weights of two ranks, and of two micro-batches,
+    are those of one process within 1e-9, and so are the metrics."""
+    (one,), two, (micro,) = (
+        run_script(tmp_path / "one", 1),
+        run_script(tmp_path / "two", 2),
+        run_script(tmp_path / "micro", 1, 2),
+    )
+    assert len(one) == 20 and (one[-1][1] - one[0][1]).norm() > 1e-3 * one[0][1].norm()  # it has moved
+    worst = 0.0
+    for other in (*two, micro):
+        for a, b in zip(sum(one, []), sum(other, []), strict=True):
+            worst = max(worst, ((a - b).norm() / a.norm()).item())
     print(f"largest relative difference {worst:.1e}")
     assert worst < 1e-9
     metrics = [Run.load(tmp_path / name).metrics() for name in ("one", "two", "micro")]
@@ -67,7 +105,8 @@ def test_two_ranks_are_one(tmp_path):
         assert other["loss"] == pytest.approx(metrics[0]["loss"], rel=1e-7)
 
 
-def children(pid: int) -> list[int]: return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def children(pid: int) -> list[int]:
+    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def wait_for(what, seconds: float = 120):
@@ -78,32 +117,61 @@ def wait_for(what, seconds: float = 120):
 
 
 def test_started_by_aavae(aavae, tmp_path):
-    "aavae starts its ranks: Ctrl-C saves on all at the same step, one line; resumed by two, finished; resumed by one: exact in its order. Nothing is said twice."
-    out, line = tmp_path / "run", [*TWO, "--train.max_epochs", "3", "--train.save_every_n_steps", "5", "--out", str(tmp_path / "run")]
+    """aavae starts its ranks: Ctrl-C saves on all at the same step, one line; resumed by two, finished; resumed by
+    one: exact in its order. Nothing is said twice."""
+    out, line = (
+        tmp_path / "run",
+        [*TWO, "--train.max_epochs", "3", "--train.save_every_n_steps", "5", "--out", str(tmp_path / "run")],
+    )
     p = subprocess.Popen([*AAVAE, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for((out / "checkpoints" / "last.ckpt").exists)
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
-    assert p.returncode == 130 and err.count("continue with --resume true") == 1 and err.count("stopping after this step") == 1 and "Traceback" not in err, err
+    assert (
+        p.returncode == 130
+        and err.count("continue with --resume true") == 1
+        and err.count("stopping after this step") == 1
+        and "Traceback" not in err
+    ), err
     step = Run.load(out).facts["step"]
     assert 0 < step < 60
-    assert aavae(*line).returncode == 2                          # it is there
+    assert aavae(*line).returncode == 2  # it is there
     done = aavae(*line, "--resume", "true")
     assert done.returncode == 0 and done.stdout.count("3 epochs") == 1, done.stderr
     m = Run.load(out).metrics()
-    assert m["step"] == [1, *range(10, 61, 10)] and [s for s, k in zip(m["step"], m["knn_top1"]) if k is not None] == [40, 60]
+    assert m["step"] == [1, *range(10, 61, 10)]
+    assert [s for s, k in zip(m["step"], m["knn_top1"], strict=True) if k is not None] == [40, 60]
     done = aavae(*line, "--resume", "true", "--train.devices", "1", "--train.max_epochs", "4")
-    assert done.returncode == 0 and done.stderr.count("note: the run was saved with 2 processes and goes on with 1") == 1, done.stderr
+    assert (
+        done.returncode == 0 and done.stderr.count("note: the run was saved with 2 processes and goes on with 1") == 1
+    ), done.stderr
     assert Run.load(out).facts["step"] == 80
 
 
 @pytest.mark.parametrize("launcher", ["aavae", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_job(tmp_path, launcher):
     "kill -9 of rank 1: the job ends within 60 s with a message, and leaves no process behind."
-    out, line = tmp_path / "run", [*TWO, "--train.max_epochs", "2000", "--train.save_every_n_steps", "5", "--out", str(tmp_path / "run")]
+    out, line = (
+        tmp_path / "run",
+        [*TWO, "--train.max_epochs", "2000", "--train.save_every_n_steps", "5", "--out", str(tmp_path / "run")],
+    )
     script = tmp_path / "main.py"
     script.write_text("import sys; from aavae.cli import main; sys.exit(main())")
-    command = [*AAVAE, *line] if launcher == "aavae" else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), str(script), *line]
+    command = (
+        [*AAVAE, *line]
+        if launcher == "aavae"
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            str(free_port()),
+            str(script),
+            *line,
+        ]
+    )
     p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for((out / "checkpoints" / "last.ckpt").exists)
     ranks = children(p.pid)
@@ -112,16 +180,30 @@ def test_a_killed_rank_ends_the_job(tmp_path, launcher):
     killed = time.time()
     _, err = p.communicate(timeout=60)
     assert p.returncode == 1 and time.time() - killed < 60
-    if launcher == "aavae": assert ("rank 1 of the run died (exit -9" in err or "a process of this run is gone" in err) and "Traceback" not in err, err
-    else: assert "Signal 9" in err or "exitcode  : -9" in err or "a process of this run is gone" in err, err
-    assert not [pid for pid in ranks if Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"]
+    if launcher == "aavae":
+        assert (
+            "rank 1 of the run died (exit -9" in err or "a process of this run is gone" in err
+        ) and "Traceback" not in err, err
+    else:
+        assert "Signal 9" in err or "exitcode  : -9" in err or "a process of this run is gone" in err, err
+    assert not [
+        pid
+        for pid in ranks
+        if Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    ]
 
 
 def test_errors_of_ranks_are_raised_once(tmp_path):
-    "From Python: what the ranks raise is raised here, as what it is; a batch that does not divide and too many machines are refused before anything starts."
+    """From Python: what the ranks raise is raised here, as what it is; a batch that does not divide and too many
+    machines are refused before anything starts."""
     small = dict(model__width=0.125, train__accelerator="cpu", train__devices=2, train__max_epochs=2)
     with pytest.raises(Failed, match="lower --train.lr"):
-        pretrain(preset("digits", **small, train__lr=1e30, train__warmup_epochs=0), tmp_path / "wild", show_progress=False)
-    with pytest.raises(InputError, match="larger than the 1294"): pretrain(preset("digits", **small, train__batch_size=5000), tmp_path / "large", show_progress=False)
-    with pytest.raises(InputError, match="does not split into 2 equal parts"): preset("digits", **small, train__batch_size=63)
-    with pytest.raises(InputError, match="torchrun or SLURM"): pretrain(preset("digits", **small, train__nodes=2), tmp_path / "none")
+        pretrain(
+            preset("digits", **small, train__lr=1e30, train__warmup_epochs=0), tmp_path / "wild", show_progress=False
+        )
+    with pytest.raises(InputError, match="larger than the 1294"):
+        pretrain(preset("digits", **small, train__batch_size=5000), tmp_path / "large", show_progress=False)
+    with pytest.raises(InputError, match="does not split into 2 equal parts"):
+        preset("digits", **small, train__batch_size=63)
+    with pytest.raises(InputError, match="torchrun or SLURM"):
+        pretrain(preset("digits", **small, train__nodes=2), tmp_path / "none")

@@ -1,4 +1,5 @@
 "Embeddings of a folder that outlive a kill, encoders that other libraries load, and a stand-in of the Hub."
+
 import base64
 import hashlib
 import json
@@ -19,14 +20,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import PRELOAD, _child
 from PIL import Image
 
 from aavae import Config, InputError, ModelConfig, Run, build_model
 from aavae.encoder import Normalize
-from aavae.export import FILES, decode_any, embed_folder, export_encoder, reloaded_error
-from aavae.ranks import Failed
+from aavae.errors import Failed
 from aavae.run import save_encoder
-from conftest import PRELOAD, _child
+from aavae.tools.embed import decode_any, embed_folder
+from aavae.tools.export import FILES, export_encoder, reloaded_error
 
 STATS = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
@@ -36,26 +38,43 @@ def make_run(folder: Path, size: int = 32, **model) -> Run:
     config = Config(model=ModelConfig(**({"encoder": "resnet18", "decoder": "resnet18"} | model)))
     config.train.accelerator = "cpu"
     whole = build_model(config.model, config.objective, config.views, size, **STATS)
-    for _ in range(8): whole.encoder.train()(Normalize(**STATS)(torch.rand(8, 3, size, size)))
+    for _ in range(8):
+        whole.encoder.train()(Normalize(**STATS)(torch.rand(8, 3, size, size)))
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.to_yaml())
-    facts = dict(model=asdict(config.model), image_size=size, dataset="imagenet", label="ImageNet", step=8, epochs=1, views_seen=64, minutes=0.1, finished=True) | STATS
+    facts = (
+        dict(
+            model=asdict(config.model),
+            image_size=size,
+            dataset="imagenet",
+            label="ImageNet",
+            step=8,
+            epochs=1,
+            views_seen=64,
+            minutes=0.1,
+            finished=True,
+        )
+        | STATS
+    )
     save_encoder(folder / "encoder.safetensors", whole, facts)
     return Run.load(folder)
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory): return make_run(tmp_path_factory.mktemp("plain") / "run", 64, encoder="resnet50", stem="conv7", maxpool=True)
+def plain(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("plain") / "run", 64, encoder="resnet50", stem="conv7", maxpool=True)
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory): return make_run(tmp_path_factory.mktemp("small") / "run", width=0.125)
+def small(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("small") / "run", width=0.125)
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     "600 photographs in folders, of several sizes and modes, and among them two files that are no images."
     from sklearn.datasets import load_sample_image
+
     rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("library")
     sources = [Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower")]
     for i in range(600):
@@ -71,33 +90,43 @@ def library(tmp_path_factory):
 
 def table(path: Path) -> tuple[list[str], np.ndarray]:
     if path.suffix == ".npz":
-        with np.load(path) as f: return f["path"].tolist(), f["embedding"]
+        with np.load(path) as f:
+            return f["path"].tolist(), f["embedding"]
     from pyarrow import parquet
+
     rows = parquet.read_table(path)
     return rows["path"].to_pylist(), np.stack(rows["embedding"].to_numpy())
 
 
 def _embed(part: int, argv: list[str], out: str, err: str):
     "`aavae embed` in parts of `part` images."
-    import aavae.export
-    aavae.export.PART = part
+    import aavae.tools.parts
+
+    aavae.tools.parts.PART = part
     _child(argv, out, err, None)
 
 
 class Command:
     "`aavae embed`, begun in a process that has done its imports."
+
     def __init__(self, part: int, library: Path, run: Run, out: Path):
         self.log = out.parent.parent
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        self.parts, argv = out.with_name(f"{out.name}.parts"), ["embed", str(library), "--run", str(run.path), "-o", str(out), "--batch_size", "16"]
-        self.process = context.Process(target=_embed, args=(part, argv, str(out.parent.parent / "out"), str(out.parent.parent / "err")))
+        self.parts, argv = (
+            out.with_name(f"{out.name}.parts"),
+            ["embed", str(library), "--run", str(run.path), "-o", str(out), "--batch_size", "16"],
+        )
+        self.process = context.Process(
+            target=_embed, args=(part, argv, str(out.parent.parent / "out"), str(out.parent.parent / "err"))
+        )
         self.process.start()
 
     def stop(self, parts: int, signum: int):
         "Sends a signal when there are so many parts."
         until = time.time() + 120
-        while len(list(self.parts.glob("*.npz"))) < parts and self.process.is_alive() and time.time() < until: time.sleep(0.002)
+        while len(list(self.parts.glob("*.npz"))) < parts and self.process.is_alive() and time.time() < until:
+            time.sleep(0.002)
         os.kill(self.process.pid, signum)
         return self.end()
 
@@ -109,8 +138,10 @@ class Command:
 
 @pytest.mark.parametrize("suffix", ["npz", "parquet"])
 def test_killed_anywhere(suffix, small, library, tmp_path):
-    "SIGKILL at several moments, and a SIGTERM, cost at most the part in hand; the table is the one of an undisturbed command."
-    if suffix == "parquet": pytest.importorskip("pyarrow")
+    """SIGKILL at several moments, and a SIGTERM, cost at most the part in hand; the table is the one of an
+    undisturbed command."""
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
     out = tmp_path / "made" / f"cut.{suffix}"
     about = embed_folder(small, library, out.with_name(f"whole.{suffix}"), batch_size=16, show_progress=False)
     assert (about["n"], about["skipped"]) == (600, 2)
@@ -118,14 +149,21 @@ def test_killed_anywhere(suffix, small, library, tmp_path):
     for after, stop in ((2, signal.SIGKILL), (5, signal.SIGTERM), (8, signal.SIGKILL)):
         code, _, err = begin().stop(after, stop)
         assert code == (143 if stop == signal.SIGTERM else -9), err
-        if covered: assert int(re.search(r"note: ([\d,]+) of 602", err)[1]) >= covered
+        if covered:
+            assert int(re.search(r"note: ([\d,]+) of 602", err)[1]) >= covered
         covered = sum(int(np.load(p)["files"]) for p in out.with_name(f"{out.name}.parts").glob("[0-9]*.npz"))
         assert covered >= 48 * (after - 1) and not out.exists()
     code, said, err = begin().end()
     assert code == 0 and "600 images" in said and "2 unreadable files" in said, err
-    for a, b in zip(table(out), table(out.with_name(f"whole.{suffix}"))): assert np.array_equal(a, b)
-    assert sorted(p.name for p in out.parent.iterdir()) == sorted([out.name, f"{out.name}.skipped.txt", f"whole.{suffix}", f"whole.{suffix}.skipped.txt"])
-    assert [line.split(": ")[0] for line in out.with_name(f"{out.name}.skipped.txt").read_text().splitlines()] == ["3/broken.jpg", "empty.png"]
+    for a, b in zip(table(out), table(out.with_name(f"whole.{suffix}")), strict=True):
+        assert np.array_equal(a, b)
+    assert sorted(p.name for p in out.parent.iterdir()) == sorted(
+        [out.name, f"{out.name}.skipped.txt", f"whole.{suffix}", f"whole.{suffix}.skipped.txt"]
+    )
+    assert [line.split(": ")[0] for line in out.with_name(f"{out.name}.skipped.txt").read_text().splitlines()] == [
+        "3/broken.jpg",
+        "empty.png",
+    ]
     before = out.stat().st_mtime_ns
     assert begin().end()[0] == 0 and out.stat().st_mtime_ns == before
 
@@ -136,20 +174,31 @@ def test_embeddings_are_the_runs(small, library, tmp_path):
     names, x = table(tmp_path / "t.npz")
     assert names == sorted(names, key=lambda n: n.split("/")) and len(set(names)) == 600
     encoder = small.encoder()
-    for i in range(0, 600, 60): assert torch.allclose(encoder(decode_any(library / names[i], 32)[None])[0], torch.from_numpy(x[i]), rtol=1e-4, atol=1e-5)
+    for i in range(0, 600, 60):
+        assert torch.allclose(
+            encoder(decode_any(library / names[i], 32)[None])[0], torch.from_numpy(x[i]), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_changed_file_is_done_again(small, library, tmp_path):
     "Parts hold up to the first file that is another; the finished table is refused where the folder has changed."
     photos, out = shutil.copytree(library, tmp_path / "photos"), tmp_path / "made" / "t.npz"
-    begin = lambda: Command(64, photos, small, out)
+
+    def begin() -> Command:
+        return Command(64, photos, small, out)
+
     begin().stop(3, signal.SIGKILL)
-    changed = photos / "1" / "001.jpg"                # in the second part
+    changed = photos / "1" / "001.jpg"  # in the second part
     Image.new("RGB", (40, 40), "red").save(changed)
     code, _, err = begin().end()
     assert code == 0 and "note: 64 of 602" in err, err
     names, x = table(out)
-    assert torch.allclose(small.encoder()(decode_any(changed, 32)[None])[0], torch.from_numpy(x[names.index("1/001.jpg")]), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(
+        small.encoder()(decode_any(changed, 32)[None])[0],
+        torch.from_numpy(x[names.index("1/001.jpg")]),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     (photos / "new.png").write_bytes((photos / "0" / "000.png").read_bytes())
     code, _, err = begin().end()
     assert code == 2 and "is not of these images and this encoder" in err
@@ -158,25 +207,55 @@ def test_a_changed_file_is_done_again(small, library, tmp_path):
 def test_memory_does_not_grow(small, library, tmp_path):
     "Ten times the files take no more memory."
     many = tmp_path / "many"
-    for i in range(10): (many / str(i)).mkdir(parents=True); [os.link(p, many / str(i) / f"{p.parent.name}-{p.name}") for p in library.rglob("*.*")]
-    code = "import sys, resource, aavae.export as e; e.PART = 128; from aavae import Run; e.embed_folder(Run.load(sys.argv[1]), sys.argv[2], sys.argv[3], show_progress=False); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-    used = [float(subprocess.run([sys.executable, "-c", code, small.path, folder, tmp_path / f"{folder.name}.npz"], capture_output=True, text=True, timeout=600).stdout) for folder in (many / "0", many)]
+    for i in range(10):
+        (many / str(i)).mkdir(parents=True)
+        [os.link(p, many / str(i) / f"{p.parent.name}-{p.name}") for p in library.rglob("*.*")]
+    code = """
+import resource, sys
+import aavae.tools.parts as parts
+from aavae import Run
+from aavae.tools.embed import embed_folder
+parts.PART = 128
+embed_folder(Run.load(sys.argv[1]), sys.argv[2], sys.argv[3], show_progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    used = [
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code, small.path, folder, tmp_path / f"{folder.name}.npz"],
+                capture_output=True,
+                text=True,
+                timeout=600,
+            ).stdout
+        )
+        for folder in (many / "0", many)
+    ]
     assert used[1] < used[0] + 60, used
 
 
 # ---- other libraries
 
-ARCHITECTURES = [dict(encoder="resnet34", stem="conv7", maxpool=True), dict(encoder="resnet18", stem="conv3", maxpool=False), dict(encoder="resnet50", stem="conv7", maxpool=False), dict(encoder="resnet18", width=0.5)]
+ARCHITECTURES = [
+    dict(encoder="resnet34", stem="conv7", maxpool=True),
+    dict(encoder="resnet18", stem="conv3", maxpool=False),
+    dict(encoder="resnet50", stem="conv7", maxpool=False),
+    dict(encoder="resnet18", width=0.5),
+]
+
 
 @pytest.mark.parametrize("format", FILES)
 @pytest.mark.parametrize("model", ARCHITECTURES, ids=lambda m: "-".join(map(str, m.values())))
 def test_reloaded(format, model, tmp_path):
     "Every architecture, in every format that has it, gives the same features when loaded by the lines of its card."
-    if format == "onnx": pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
-    if format == "timm": pytest.importorskip("timm")
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    if format == "timm":
+        pytest.importorskip("timm")
     run = make_run(tmp_path / "run", **model)
     if "width" in model and format in ("torchvision", "timm"):
-        with pytest.raises(InputError, match="of width 0.5; use --format onnx"): export_encoder(run, format)
+        with pytest.raises(InputError, match="of width 0.5; use --format onnx"):
+            export_encoder(run, format)
         return
     files, error = export_encoder(run, format)
     assert error <= 1e-5 and [f.parent for f in files] == [run.path / "export" / format] * len(files)
@@ -184,27 +263,38 @@ def test_reloaded(format, model, tmp_path):
     block = re.search(r"```python\n(.*?)```", card, re.S)[1]
     code = [line for line in block.splitlines() if line and not line.startswith(("import", "from"))]
     assert len(code) <= 3
-    for part in ("## Results", "## Licence", "@article", "ImageNet may be used", "crop_scale", "64 views"): assert part in card
+    for part in ("## Results", "## Licence", "@article", "ImageNet may be used", "crop_scale", "64 views"):
+        assert part in card
     assert str(tmp_path) not in card, "the card tells of folders of this machine"
     wrong = Run.load(run.path)
     encoder = wrong.encoder()
-    with torch.no_grad(): encoder.encoder.conv1.weight.mul_(1.001)
+    with torch.no_grad():
+        encoder.encoder.conv1.weight.mul_(1.001)
     assert reloaded_error(format, files[0], encoder, run.facts) > 1e-5, "the check does not see a changed weight"
 
 
 def test_plain_resnet50(plain, tmp_path):
     "The standard architecture loads in plain torchvision without its classifier, and in timm by name from a folder."
     import torchvision
+
     file = export_encoder(plain, "torchvision", tmp_path / "tv")[0][0]
     model = torchvision.models.resnet50()
     missing, unexpected = model.load_state_dict(torch.load(file, weights_only=True), strict=False)
     assert missing == ["fc.weight", "fc.bias"] and not unexpected
     timm = pytest.importorskip("timm")
     export_encoder(plain, "timm", tmp_path / "timm")
-    named, images = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval(), torch.rand(2, 3, 64, 64)
-    with torch.no_grad(): assert torch.allclose(named(Normalize(**STATS)(images)), plain.encoder()(images), rtol=1e-4, atol=1e-5)
+    named, images = (
+        timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval(),
+        torch.rand(2, 3, 64, 64),
+    )
+    with torch.no_grad():
+        assert torch.allclose(named(Normalize(**STATS)(images)), plain.encoder()(images), rtol=1e-4, atol=1e-5)
     config = timm.data.resolve_model_data_config(named)
-    assert (tuple(config["input_size"]), list(config["mean"]), list(config["std"])) == ((3, 64, 64), STATS["mean"], STATS["std"])
+    assert (tuple(config["input_size"]), list(config["mean"]), list(config["std"])) == (
+        (3, 64, 64),
+        STATS["mean"],
+        STATS["std"],
+    )
 
 
 def test_onnx_takes_any_batch_and_size(small, tmp_path):
@@ -219,73 +309,129 @@ def test_onnx_takes_any_batch_and_size(small, tmp_path):
 
 def test_a_bad_export_leaves_nothing(small, tmp_path, monkeypatch):
     "Where the reloaded encoder differs, the command fails loudly and writes nothing."
-    import aavae.export
-    monkeypatch.setattr(aavae.export, "_write", lambda *args, whole=aavae.export._write: spoil(whole(*args), args[-1]))
+    import aavae.tools.export as export
+
+    whole = export._write
+    monkeypatch.setattr(export, "_write", lambda *args: spoil(whole(*args), args[-1]))
+
     def spoil(names, folder):
-        from safetensors.torch import load_file, save_file
         from safetensors import safe_open
-        with safe_open(folder / names[0], "pt") as f: facts = json.loads(f.metadata()["aavae"])
+        from safetensors.torch import load_file, save_file
+
+        with safe_open(folder / names[0], "pt") as f:
+            facts = json.loads(f.metadata()["aavae"])
         tensors = load_file(folder / names[0])
         tensors["conv1.weight"] = tensors["conv1.weight"] * 1.001
         save_file(tensors, folder / names[0], {"aavae": json.dumps({k: v for k, v in facts.items() if k != "sha256"})})
         return names
-    with pytest.raises(Failed, match="gives other features"): export_encoder(small, "safetensors", tmp_path / "bad")
+
+    with pytest.raises(Failed, match="gives other features"):
+        export_encoder(small, "safetensors", tmp_path / "bad")
     assert not list((tmp_path / "bad").iterdir())
 
 
 # ---- the Hub
 
+
 class Hub(BaseHTTPRequestHandler):
-    "The part of the Hub's HTTP interface that pushing and fetching a few files use. Large files go by Git LFS, as there."
+    """The part of the Hub's HTTP interface that pushing and fetching a few files use. Large files go by Git LFS,
+    as there."""
+
     repos: dict[str, dict[str, bytes]] = {}
     objects: dict[str, bytes] = {}
     asked: list[tuple[str, str, str]] = []
 
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
     def reply(self, data=None, status=200, body=None, **headers):
         body = json.dumps(data).encode() if body is None else body
         self.send_response(status)
-        for k, v in ({"Content_Type": "application/json", "Content_Length": str(len(body))} | headers).items(): self.send_header(k.replace("_", "-"), v)
+        for k, v in ({"Content_Type": "application/json", "Content_Length": str(len(body))} | headers).items():
+            self.send_header(k.replace("_", "-"), v)
         self.end_headers()
-        if self.command != "HEAD": self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def answer(self):
-        here, path = f"http://{self.headers['Host']}", self.path.split("?")[0]
+        "Hands the request to the first route that fits."
+        self.here = f"http://{self.headers['Host']}"
+        path = self.path.split("?")[0]
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        Hub.asked.append((self.command, path, self.headers.get("Authorization", "")))
-        if "/lfs-store/" in path:
-            Hub.objects[path.rsplit("/", 1)[1]] = content
-            return self.reply({})
-        if path.startswith("/api/") and self.headers.get("Authorization") != "Bearer hf_right" and self.command == "POST": return self.reply({"error": "Invalid credentials"}, 401, X_Error_Message="Invalid credentials in Authorization header")
-        if path == "/api/repos/create":
-            asked = json.loads(content)
-            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-            if name in Hub.repos: return self.reply({"url": f"{here}/{name}"}, 409)
-            Hub.repos[name] = {}
-            Hub.private = asked.get("private") or asked.get("visibility") == "private"
-            return self.reply({"url": f"{here}/{name}", "name": name})
-        if path == "/api/validate-yaml": return self.reply({"errors": [], "warnings": []})
-        if m := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
-            return self.reply({"files": [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".onnx", ".pth")) else "regular", "shouldIgnore": False} for f in json.loads(content)["files"]]})
-        if m := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
-            asked = json.loads(content)
-            return self.reply({"transfer": "basic", "objects": [o | {"actions": {"upload": {"href": f"{here}/lfs-store/{o['oid']}", "header": {}}}} for o in asked["objects"]]})
-        if m := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
-            for line in filter(None, content.splitlines()):
-                entry = json.loads(line)
-                value = entry["value"]
-                if entry["key"] == "file": Hub.repos[m[1]][value["path"]] = base64.b64decode(value["content"])
-                if entry["key"] == "lfsFile": Hub.repos[m[1]][value["path"]] = Hub.objects[value["oid"]]
-            return self.reply({"commitUrl": f"{here}/{m[1]}/commit/abc", "commitOid": "a" * 40, "commitId": "a" * 40})
-        if m := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            if m[1] not in Hub.repos: return self.reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
-            if m[3] not in Hub.repos[m[1]]: return self.reply({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit="a" * 40)
-            body = Hub.repos[m[1]][m[3]]
-            return self.reply(body=body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit="a" * 40, Content_Type="application/octet-stream")
-        if m := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.*)?", path): return self.reply({"id": m[1], "modelId": m[1], "sha": "a" * 40, "siblings": [], "tags": []}, 200 if m[1] in Hub.repos else 404)
-        self.reply({"error": f"the stand-in has no {self.command} {path}"}, 404)
+        token = self.headers.get("Authorization", "")
+        Hub.asked.append((self.command, path, token))
+        if path.startswith("/api/") and self.command == "POST" and token != "Bearer hf_right":
+            words = "Invalid credentials in Authorization header"
+            return self.reply({"error": "Invalid credentials"}, 401, X_Error_Message=words)
+        for pattern, route in self.ROUTES.items():
+            if found := re.fullmatch(pattern, path):
+                return route(self, content, *found.groups())
+        return self.reply({"error": f"the stand-in has no {self.command} {path}"}, 404)
 
+    def store(self, content, oid):
+        Hub.objects[oid] = content
+        return self.reply({})
+
+    def create(self, content):
+        asked = json.loads(content)
+        name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+        if name in Hub.repos:
+            return self.reply({"url": f"{self.here}/{name}"}, 409)
+        Hub.repos[name] = {}
+        Hub.private = asked.get("private") or asked.get("visibility") == "private"
+        return self.reply({"url": f"{self.here}/{name}", "name": name})
+
+    def validate(self, content):
+        return self.reply({"errors": [], "warnings": []})
+
+    def preupload(self, content, repo):
+        def mode(name: str) -> str:
+            return "lfs" if name.endswith((".safetensors", ".onnx", ".pth")) else "regular"
+
+        names = [f["path"] for f in json.loads(content)["files"]]
+        return self.reply({"files": [{"path": n, "uploadMode": mode(n), "shouldIgnore": False} for n in names]})
+
+    def batch(self, content, repo):
+        def upload(oid: str) -> dict:
+            return {"actions": {"upload": {"href": f"{self.here}/lfs-store/{oid}", "header": {}}}}
+
+        objects = [o | upload(o["oid"]) for o in json.loads(content)["objects"]]
+        return self.reply({"transfer": "basic", "objects": objects})
+
+    def commit(self, content, repo):
+        for line in filter(None, content.splitlines()):
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                Hub.repos[repo][value["path"]] = base64.b64decode(value["content"])
+            if entry["key"] == "lfsFile":
+                Hub.repos[repo][value["path"]] = Hub.objects[value["oid"]]
+        return self.reply({"commitUrl": f"{self.here}/{repo}/commit/abc", "commitOid": "a" * 40, "commitId": "a" * 40})
+
+    def resolve(self, content, repo, revision, name):
+        if repo not in Hub.repos:
+            return self.reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        if name not in Hub.repos[repo]:
+            return self.reply({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit="a" * 40)
+        body = Hub.repos[repo][name]
+        etag = f'"{hashlib.sha256(body).hexdigest()}"'
+        kind = "application/octet-stream"
+        return self.reply(body=body, ETag=etag, X_Repo_Commit="a" * 40, Content_Type=kind)
+
+    def model(self, content, repo, revision):
+        about = {"id": repo, "modelId": repo, "sha": "a" * 40, "siblings": [], "tags": []}
+        return self.reply(about, 200 if repo in Hub.repos else 404)
+
+    ROUTES = {
+        r".*/lfs-store/(.+)": store,
+        r"/api/repos/create": create,
+        r"/api/validate-yaml": validate,
+        r"/api/models/([^/]+/[^/]+)/preupload/main": preupload,
+        r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch": batch,
+        r"/api/models/([^/]+/[^/]+)/commit/main": commit,
+        r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": resolve,
+        r"/api/models/([^/]+/[^/]+)(/revision/.*)?": model,
+    }
     do_GET = do_POST = do_PUT = do_HEAD = answer
 
 
@@ -296,7 +442,13 @@ def hub(tmp_path):
     Hub.repos, Hub.objects, Hub.asked = {}, {}, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
     yield SimpleNamespace(env=env, server=server)
     server.shutdown()
     server.server_close()
@@ -305,33 +457,57 @@ def hub(tmp_path):
 LOAD = """
 import sys, torch
 from aavae import InputError
-from aavae.export import load_from_hub
+from aavae.tools.export import load_from_hub
 images = torch.load(sys.argv[1])
 for name in sys.stdin:
     try: torch.save(load_from_hub(name.strip())(images), sys.argv[2]); print("loaded", flush=True)
     except InputError as e: print(e, flush=True)
 """
 
+
 def test_push_and_load(hub, aavae, small, tmp_path):
-    "Pushed by the command line, fetched by another process: the same features, from the cache too; no token is printed."
-    done = aavae("export", small.path, "--format", "safetensors", "-o", tmp_path / "card", "--push", "me/aavae-small", env=hub.env | {"HF_TOKEN": "hf_right"})
+    """Pushed by the command line, fetched by another process: the same features, from the cache too; no token is
+    printed."""
+    done = aavae(
+        "export",
+        small.path,
+        "--format",
+        "safetensors",
+        "-o",
+        tmp_path / "card",
+        "--push",
+        "me/aavae-small",
+        env=hub.env | {"HF_TOKEN": "hf_right"},
+    )
     assert done.returncode == 0, done.stderr
     assert "pushed to" in done.stdout and "hf_right" not in done.stdout + done.stderr
     files = Hub.repos["me/aavae-small"]
     assert set(files) == {"encoder.safetensors", "README.md"} and Hub.private
-    assert "load_from_hub('me/aavae-small')" in files["README.md"].decode() and b"hf_right" not in b"".join(files.values())
+    assert "load_from_hub('me/aavae-small')" in files["README.md"].decode() and b"hf_right" not in b"".join(
+        files.values()
+    )
     images, Hub.repos["me/empty"] = torch.rand(2, 3, 32, 32), {"README.md": b""}
     torch.save(images, tmp_path / "images.pt")
-    with subprocess.Popen([sys.executable, "-c", LOAD, tmp_path / "images.pt", tmp_path / "h.pt"], env=hub.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", LOAD, tmp_path / "images.pt", tmp_path / "h.pt"],
+        env=hub.env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    ) as other:
+
         def load(name):
             print(name, file=other.stdin, flush=True)
             return other.stdout.readline().strip()
+
         assert load("me/aavae-small") == "loaded"
         assert torch.allclose(torch.load(tmp_path / "h.pt"), small.encoder()(images), rtol=1e-5, atol=1e-6)
         assert load("me/nothing").startswith("the Hub has no me/nothing that you may see;")
         assert load("me/empty").startswith("me/empty holds no encoder.safetensors; push one with aavae export RUN")
-        hub.server.shutdown(); hub.server.server_close()
-        assert load("me/aavae-small") == "loaded"      # from the cache
+        hub.server.shutdown()
+        hub.server.server_close()
+        assert load("me/aavae-small") == "loaded"  # from the cache
         assert load("me/other").startswith("the Hub cannot be reached")
         other.stdin.close()
 
@@ -339,7 +515,21 @@ def test_push_and_load(hub, aavae, small, tmp_path):
 @pytest.mark.parametrize("token", [None, "hf_wrong"])
 def test_push_without_the_right(token, hub, aavae, small, tmp_path):
     "No token, or a wrong one: a line, exit code 2, and the token is not in it."
-    done = aavae("export", small.path, "--format", "safetensors", "-o", tmp_path / "card", "--push", "me/it", env=hub.env | ({"HF_TOKEN": token} if token else {}))
+    done = aavae(
+        "export",
+        small.path,
+        "--format",
+        "safetensors",
+        "-o",
+        tmp_path / "card",
+        "--push",
+        "me/it",
+        env=hub.env | ({"HF_TOKEN": token} if token else {}),
+    )
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("aavae: error: ") and "hf auth login" in done.stderr and "hf_" not in done.stderr + done.stdout
+    assert (
+        done.stderr.startswith("aavae: error: ")
+        and "hf auth login" in done.stderr
+        and "hf_" not in done.stderr + done.stdout
+    )
     assert "me/it" not in Hub.repos and (token or not (tmp_path / "card").exists())

@@ -1,4 +1,6 @@
-"Killed or stopped at any moment and resumed, a run ends as if nothing had happened; full disks, full memory and long runs."
+"""Killed or stopped at any moment and resumed, a run ends as if nothing had happened; full disks, full memory and
+long runs."""
+
 import json
 import os
 import random
@@ -14,29 +16,50 @@ import torch
 from safetensors.torch import load_file
 
 from aavae import Run
-from aavae.run import load_checkpoint
+from aavae.files import load_checkpoint
 
 AAVAE = [sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())"]
-DIGITS = ["pretrain", "--train.accelerator", "cpu", "--model.width", "0.125", "--train.warmup_epochs", "1", "--train.max_epochs", "4", "--train.knn_every_n_epochs", "2",
-          "--train.save_every_n_steps", "7", "--train.ema", "0.99", "--train.clip", "100"]
+DIGITS = [
+    "pretrain",
+    "--train.accelerator",
+    "cpu",
+    "--model.width",
+    "0.125",
+    "--train.warmup_epochs",
+    "1",
+    "--train.max_epochs",
+    "4",
+    "--train.knn_every_n_epochs",
+    "2",
+    "--train.save_every_n_steps",
+    "7",
+    "--train.ema",
+    "0.99",
+    "--train.clip",
+    "100",
+]
 
 
 def same(a, b):
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def assert_same_run(a: Path, b: Path):
     "Encoder, model, optimiser, schedule and metrics, bit for bit."
     x, y = (load_checkpoint(p / "checkpoints" / "last.ckpt") for p in (a, b))
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"): assert same(x[part], y[part]), part
+    for part in ("state_dict", "optimizer", "step"):
+        assert same(x[part], y[part]), part
     assert same(x["aavae"].get("ema"), y["aavae"].get("ema"))
     assert same(load_file(a / "encoder.safetensors"), load_file(b / "encoder.safetensors"))
     assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
 
 
-def start(*args, **options): return subprocess.Popen([*AAVAE, *map(str, args)], stderr=subprocess.PIPE, text=True, **options)
+def start(*args, **options):
+    return subprocess.Popen([*AAVAE, *map(str, args)], stderr=subprocess.PIPE, text=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +71,17 @@ def whole(aavae, tmp_path_factory):
     return out
 
 
-# A process that has imported everything and forks one that trains for each line it reads: [n, arguments]. That one reports its steps, and stops in the middle
+# A process that has imported everything and forks one that trains for each line it reads: [n, arguments]. That one
+# reports its steps, and stops in the middle
 # of writing its n-th checkpoint or encoder, to be killed there.
 OBSERVED = """
 import contextlib, json, os, sys, time
-import aavae.run, aavae.train
+import aavae.files, aavae.run, aavae.train
 from aavae.cli import main
-usual, atomic, writes, stop_in = aavae.train.Keeper.at_step, aavae.run.atomic, 0, 0
-def at_step(self, trainer, model, step):
+usual, atomic, writes, stop_in = aavae.train.wishes, aavae.files.atomic, 0, 0
+def wishes(t, keeper, step):
     print(step, flush=True)
-    usual(self, trainer, model, step)
+    return usual(t, keeper, step)
 class Halting:
     def __init__(self, f): self.f = f
     def write(self, data):
@@ -70,7 +94,8 @@ class Halting:
 @contextlib.contextmanager
 def halting(path):
     with atomic(path) as f: yield Halting(f) if str(path).endswith(("ckpt", "encoder.safetensors")) else f
-aavae.train.Keeper.at_step, aavae.run.atomic = at_step, halting
+aavae.train.wishes = wishes
+aavae.files.atomic = aavae.run.atomic = halting
 while line := sys.stdin.readline():
     stop_in, arguments = json.loads(line)
     if (child := os.fork()) == 0: os._exit(main(arguments))
@@ -82,27 +107,42 @@ while line := sys.stdin.readline():
 @pytest.fixture(scope="module")
 def observed():
     "observed(n, arguments): yields what the run says, a list of words each: pid, its steps, writing, ended."
-    p = subprocess.Popen([sys.executable, "-c", OBSERVED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    p = subprocess.Popen(
+        [sys.executable, "-c", OBSERVED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
     def run(n, arguments):
         p.stdin.write(json.dumps([n, [str(a) for a in arguments]]) + "\n")
         p.stdin.flush()
         for line in p.stdout:
-            if (words := line.split()) and words[0] in ("pid", "ended", "writing") or line.strip().isdigit(): yield words
-            if words and words[0] == "ended": return
+            if (words := line.split()) and words[0] in ("pid", "ended", "writing") or line.strip().isdigit():
+                yield words
+            if words and words[0] == "ended":
+                return
+
     yield run
     p.kill()
     p.wait()
 
 
-def kill_and_resume(observed, whole: Path, out: Path, draw: random.Random, in_write: bool, kills: int = 1) -> tuple[int, bool]:
-    "Kills a run `kills` times, each after a random number of new steps or while a file is half written, then lets it end. Returns the last step seen and whether a file was cut."
+def kill_and_resume(
+    observed, whole: Path, out: Path, draw: random.Random, in_write: bool, kills: int = 1
+) -> tuple[int, bool]:
+    """Kills a run `kills` times, each after a random number of new steps or while a file is half written, then
+    lets it end. Returns the last step seen and whether a file was cut."""
     seen, cut = 0, False
     for kill in range(kills):
         steps, due = draw.randint(1, 30), draw.randint(1, 5) if in_write else 0
         new = pid = 0
         for words in observed(due, [*DIGITS, "--out", out, *(["--resume", "true"] if kill else [])]):
-            if words[0] == "pid": pid = int(words[1])
-            elif words[0] == "ended": assert words[1] == "-9", f"the run ended before it was killed: {words}"
+            if words[0] == "pid":
+                pid = int(words[1])
+            elif words[0] == "ended":
+                assert words[1] == "-9", f"the run ended before it was killed: {words}"
             elif words[0] == "writing":
                 assert new
                 cut = True
@@ -130,94 +170,193 @@ def test_twenty_kills_and_twenty_finishes(observed, whole, tmp_path):
     "Twenty kills, each followed by a finish that is the same, bit for bit."
     draw = random.Random(1)
     found = [kill_and_resume(observed, whole, tmp_path / f"run{i}", draw, in_write=i % 3 == 2) for i in range(20)]
-    print(f"20 kills at steps {[step for step, _ in found]}, {sum(cut for _, cut in found)} in the middle of a file, {sum(step % 20 != 0 for step, _ in found)} in the middle of an epoch; 20 bit-identical finishes")
+    in_file = sum(cut for _, cut in found)
+    in_epoch = sum(step % 20 != 0 for step, _ in found)
+    print(f"20 kills at steps {[step for step, _ in found]}, {in_file} in the middle of a file, {in_epoch} of an epoch")
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_stopped_by_a_signal(aavae, whole, tmp_path, signum, code):
-    "One line, everything saved, exit code 128 + signal; in a SLURM job SIGUSR1 puts the job back into the queue, and the requeued job goes on by itself."
+    """One line, everything saved, exit code 128 + signal; in a SLURM job SIGUSR1 puts the job back into the queue,
+    and the requeued job goes on by itself."""
     out = tmp_path / "run"
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     (tmp_path / "scontrol").chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
     p = start(*DIGITS, "--out", out, env=env)
     until = time.time() + 120
-    while not (out / "checkpoints" / "last.ckpt").exists() and time.time() < until: time.sleep(0.02)
+    while not (out / "checkpoints" / "last.ckpt").exists() and time.time() < until:
+        time.sleep(0.02)
     p.send_signal(signum)
     _, err = p.communicate(timeout=60)
     assert p.returncode == code and "continue with --resume true" in err and "Traceback" not in err, err
-    assert 0 < load_checkpoint(out / "checkpoints" / "last.ckpt")["global_step"] < 80
+    assert 0 < load_checkpoint(out / "checkpoints" / "last.ckpt")["step"] < 80
     if signum == signal.SIGUSR1:
         assert (tmp_path / "asked").read_text() == "requeue 77\n"
         done = aavae(*DIGITS, "--out", out, env=env | {"SLURM_RESTART_COUNT": "1"})
-    else: done = aavae(*DIGITS, "--out", out, "--resume", "true")
+    else:
+        done = aavae(*DIGITS, "--out", out, "--resume", "true")
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, out)
 
 
+SLOW_STEPS = """
+import sys, time
+import aavae.model
+from aavae.cli import main
+usual = aavae.model.AAVAE.training_step
+def training_step(*arguments):
+    print("step", flush=True)
+    for _ in range(600): time.sleep(0.1)
+    return usual(*arguments)
+aavae.model.AAVAE.training_step = training_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_second_ctrl_c_leaves_at_once(whole, tmp_path):
     "The second Ctrl-C, in the middle of a long step, exits with 130 and without saving."
-    code = "import aavae.model, time, sys; from aavae.cli import main\nusual = aavae.model.AAVAE.training_step\ndef loss(*a): print('step', flush=True); [time.sleep(0.1) for _ in range(600)]; return usual(*a)\naavae.model.AAVAE.training_step = loss; sys.exit(main(sys.argv[1:]))"
-    p = subprocess.Popen([sys.executable, "-c", code, *DIGITS, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while p.stdout.readline() != "step\n": pass 
-    for _ in range(2): time.sleep(0.5); p.send_signal(signal.SIGINT)
+    p = subprocess.Popen(
+        [sys.executable, "-c", SLOW_STEPS, *DIGITS, "--out", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while p.stdout.readline() != "step\n":
+        pass
+    for _ in range(2):
+        time.sleep(0.5)
+        p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=30)
     assert p.returncode == 130 and "without saving" in err and "Traceback" not in err, err
+
+
+# A process that fills the disk, whose folder is its first argument, just before it writes rows of metrics
+FILLS_DISK = """
+import os, sys
+import aavae.metrics
+from aavae.cli import main
+usual, disk = aavae.metrics.Metrics.write, sys.argv[1]
+def write(self, rows):
+    if not rows: return
+    with open(f"{disk}/ballast", "wb", buffering=0) as f:
+        try:
+            while True: f.write(bytes(1 << 16))
+        except OSError: pass
+    with open(self.path, "ab") as f: f.write(b"\\n" * (-self.path.stat().st_size % 4096))
+    usual(self, rows)
+aavae.metrics.Metrics.write = write
+sys.exit(main(sys.argv[2:]))
+"""
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounting a small disk needs root")
 @pytest.mark.parametrize("fills", ["last.ckpt", "metrics.csv"])
 def test_a_full_disk_keeps_what_was_saved(aavae, tmp_path, fills):
-    "A disk that fills while the checkpoint or the metrics are written: one line, exit 2, the previous checkpoint whole, and the run goes on once there is room."
+    """A disk that fills while the checkpoint or the metrics are written: one line, exit 2, the previous checkpoint
+    whole, and the run goes on once there is room."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True).returncode: pytest.skip("cannot mount a tmpfs here")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
     try:
         out = disk / "run"
-        line = [*DIGITS[:-4], "--out", str(out)]                 # without the average: half the size
+        line = [*DIGITS[:-4], "--out", str(out)]  # without the average: half the size
         assert aavae(*line, "--train.max_time", "00:00:00").returncode == 0
         before = (out / "checkpoints" / "last.ckpt").read_bytes()
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-        room = len(before) + 400_000 if fills == "metrics.csv" else len(before) // 2             # the encoder and its predecessor need some too
+        room = (
+            len(before) + 400_000 if fills == "metrics.csv" else len(before) // 2
+        )  # the encoder and its predecessor need some too
         if fills == "last.ckpt":
-            with open(disk / "ballast", "wb") as f: f.write(bytes(free - room))
+            with open(disk / "ballast", "wb") as f:
+                f.write(bytes(free - room))
             done = aavae(*line, "--resume", "true", "--train.max_time", "01:00:00")
-            assert done.returncode == 2 and "cannot be written (No space left on device)" in done.stderr and "intact" in done.stderr, done.stderr
+            assert (
+                done.returncode == 2
+                and "cannot be written (No space left on device)" in done.stderr
+                and "intact" in done.stderr
+            ), done.stderr
         else:
-            code = ("import os, sys, aavae.train; from aavae.cli import main\nusual = aavae.train.Metrics._write\ndef full(self, rows):\n    if not rows: return\n"
-                    f"    fs = os.statvfs({str(disk)!r}); f = open({str(disk / 'ballast')!r}, 'wb', buffering=0)\n    try:\n        while True: f.write(bytes(1 << 16))\n    except OSError: pass\n"
-                    "    with open(self.path, 'ab') as g: g.write(b'\\n' * (-self.path.stat().st_size % 4096))\n    usual(self, rows)\naavae.train.Metrics._write = full; sys.exit(main(sys.argv[1:]))")
-            done = subprocess.run([sys.executable, "-c", code, *line, "--resume", "true", "--train.max_time", "01:00:00"], capture_output=True, text=True, timeout=300)
-            assert done.returncode == 2 and "metrics.csv cannot be written (No space left on device)" in done.stderr, done.stderr
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-c",
+                    FILLS_DISK,
+                    str(disk),
+                    *line,
+                    "--resume",
+                    "true",
+                    "--train.max_time",
+                    "01:00:00",
+                ],
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode == 2 and "metrics.csv cannot be written (No space left on device)" in done.stderr, (
+                done.stderr
+            )
         assert "Traceback" not in done.stderr
-        if fills == "last.ckpt": assert (out / "checkpoints" / "last.ckpt").read_bytes() == before
-        else: assert load_checkpoint(out / "checkpoints" / "last.ckpt")["global_step"] == 7          # saved before the row that no longer fitted
+        if fills == "last.ckpt":
+            assert (out / "checkpoints" / "last.ckpt").read_bytes() == before
+        else:
+            assert (
+                load_checkpoint(out / "checkpoints" / "last.ckpt")["step"] == 7
+            )  # saved before the row that no longer fitted
         (disk / "ballast").unlink()
         done = aavae(*line, "--resume", "true", "--train.max_epochs", "2", "--train.max_time", "01:00:00")
         assert done.returncode == 0 and Run.load(out).facts["step"] == 40, done.stderr
-    finally: subprocess.run(["umount", str(disk)], check=True)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_out_of_memory_is_one_line(tmp_path):
     "An allocation that the system refuses: one line with a batch that would fit, exit 1."
-    def limit(): resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
-    p = start("pretrain", "--preset", "digits", "--data.image_size", "128", "--model.width", "1", "--model.maxpool", "false", "--train.batch_size", "96", "--train.precision", "32", "--train.accelerator", "cpu",
-              "--out", tmp_path / "run", preexec_fn=limit)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+
+    p = start(
+        "pretrain",
+        "--preset",
+        "digits",
+        "--data.image_size",
+        "128",
+        "--model.width",
+        "1",
+        "--model.maxpool",
+        "false",
+        "--train.batch_size",
+        "96",
+        "--train.precision",
+        "32",
+        "--train.accelerator",
+        "cpu",
+        "--out",
+        tmp_path / "run",
+        preexec_fn=limit,
+    )
     _, err = p.communicate(timeout=300)
-    assert p.returncode == 1 and "out of memory at train.batch_size 96; use --train.batch_size" in err and "Traceback" not in err, err
+    assert (
+        p.returncode == 1
+        and "out of memory at train.batch_size 96; use --train.batch_size" in err
+        and "Traceback" not in err
+    ), err
 
 
 LONG = """
 import resource, sys, time
 from aavae import preset, pretrain
 import aavae.train as train
-steps, usual = [], train.Keeper.at_step
+steps, usual = [], train.wishes
 def rss(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-def at_step(self, trainer, model, step):
-    usual(self, trainer, model, step)
+def wishes(t, keeper, step):
     steps.append((time.process_time(), rss()))
-train.Keeper.at_step = at_step
-config = preset("digits", data__val_size=1373, model__width=0.125, model__latent_dim=8, train__batch_size=16, train__max_epochs=1000, train__warmup_epochs=1, train__knn_every_n_epochs=0,
+    return usual(t, keeper, step)
+train.wishes = wishes
+config = preset("digits", data__val_size=1373, model__width=0.125, model__latent_dim=8, train__batch_size=16,
+                train__max_epochs=1000, train__warmup_epochs=1, train__knn_every_n_epochs=0,
                 train__accelerator="cpu", train__precision="32", train__keep_at_epochs=[500])
 pretrain(config, sys.argv[1], show_progress=False)
 import json
@@ -233,10 +372,15 @@ def test_a_thousand_epochs_stay_flat(tmp_path):
     assert done.returncode == 0, done.stderr
     steps = json.loads(done.stdout.splitlines()[-1])
     n = len(steps) // 10
+
     def decile(i):
-        part = steps[i * n:(i + 1) * n]
-        times = sorted(b[0] - a[0] for a, b in zip(part, part[1:]))
-        return times[len(times) // 10], max(m for _, m in part)          # near the minimum: others use the machine too
+        part = steps[i * n : (i + 1) * n]
+        times = sorted(b[0] - a[0] for a, b in zip(part[:-1], part[1:], strict=True))
+        return times[len(times) // 10], max(m for _, m in part)  # near the minimum: others use the machine too
+
     (t0, m0), (t1, m1) = decile(0), decile(9)
-    print(f"{len(steps)} steps; CPU time of a step {1000 * t0:.2f} -> {1000 * t1:.2f} ms; resident memory {m0 / 2**20:.1f} -> {m1 / 2**20:.1f} MiB")
+    print(
+        f"{len(steps)} steps; CPU time of a step {1000 * t0:.2f} -> {1000 * t1:.2f} ms; "
+        f"resident memory {m0 / 2**20:.1f} -> {m1 / 2**20:.1f} MiB"
+    )
     assert abs(m1 / m0 - 1) < 0.02 and abs(t1 / t0 - 1) < 0.1

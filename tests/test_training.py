@@ -1,4 +1,5 @@
 "The main job through the command line, on real images: pretrain, stop, go on, evaluate."
+
 import json
 import pickle
 import shutil
@@ -8,8 +9,32 @@ import pytest
 
 from aavae import Run
 
-SMALL = ["--preset", "cifar10", "--data.name", "folder", "--data.val_size", "40", "--model.encoder", "resnet18", "--model.decoder", "resnet18", "--model.width", "0.125", "--model.maxpool", "true",
-         "--train.batch_size", "32", "--train.warmup_epochs", "1", "--train.max_epochs", "8", "--train.knn_every_n_epochs", "4", "--train.accelerator", "cpu"]
+SMALL = [
+    "--preset",
+    "cifar10",
+    "--data.name",
+    "folder",
+    "--data.val_size",
+    "40",
+    "--model.encoder",
+    "resnet18",
+    "--model.decoder",
+    "resnet18",
+    "--model.width",
+    "0.125",
+    "--model.maxpool",
+    "true",
+    "--train.batch_size",
+    "32",
+    "--train.warmup_epochs",
+    "1",
+    "--train.max_epochs",
+    "8",
+    "--train.knn_every_n_epochs",
+    "4",
+    "--train.accelerator",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +53,41 @@ def test_evaluations_store_records(aavae, whole):
             done = aavae("evaluate", task, whole.path, "--untrained", untrained)
             assert done.returncode == 0, done.stderr
     records = json.loads((whole.path / "results.json").read_text())
-    assert [(r["task"], r["metric"], r["untrained"]) for r in records] == [("linear", m, u) for u in (False, True) for m in ("top1", "top5")] + [("knn", "top1", False)] * 2 + [("knn", "top1", True)] * 2
+    assert [(r["task"], r["metric"], r["untrained"]) for r in records] == [
+        ("linear", m, u) for u in (False, True) for m in ("top1", "top5")
+    ] + [("knn", "top1", False)] * 2 + [("knn", "top1", True)] * 2
     for r in records:
-        assert r["eval"]["label"] == r["pretrain"]["label"] == "CIFAR-10 (JPEG q75)" and r["eval"]["split"] == "test" and r["eval"]["n"] == 100
+        assert (
+            r["eval"]["label"] == r["pretrain"]["label"] == "CIFAR-10 (JPEG q75)"
+            and r["eval"]["split"] == "test"
+            and r["eval"]["n"] == 100
+        )
         assert r["pretrain"]["views_seen"] == (0 if r["untrained"] else 8 * 15 * 32)
         assert 0 <= r["value"] <= 1 and len(r["provenance"]["config_sha256"]) == 64
     table = aavae("results", whole.path.parent, "--format", "csv").stdout.splitlines()
-    assert len(table) == 1 + 6                                   # top-1 and top-5 share a row
+    assert len(table) == 1 + 6  # top-1 and top-5 share a row
 
 
 def test_other_data(aavae, whole, test_data):
     "Another data set, without a test split: the record says that the validation split was measured."
-    done = aavae("evaluate", "knn", whole.path, "--data.name", "folder", "--data.root", test_data("tiny-imagenet-scenes"), "--ks", "[20]")
+    done = aavae(
+        "evaluate",
+        "knn",
+        whole.path,
+        "--data.name",
+        "folder",
+        "--data.root",
+        test_data("tiny-imagenet-scenes"),
+        "--ks",
+        "[20]",
+    )
     assert done.returncode == 0, done.stderr
     record = whole.records()[-1]
-    assert (record["eval"]["split"], record["eval"]["n"], record["eval"]["dataset"]) == ("val", 1000, "tiny-imagenet-scenes")
+    assert (record["eval"]["split"], record["eval"]["n"], record["eval"]["dataset"]) == (
+        "val",
+        1000,
+        "tiny-imagenet-scenes",
+    )
 
 
 def test_finished_run_is_left_alone(aavae, cifar, whole):
@@ -64,8 +109,11 @@ def test_other_images_are_noticed(aavae, cifar, whole, tmp_path):
 
 def test_a_pickle_never_runs(aavae, cifar, whole, tmp_path):
     "A last.ckpt that is a pickle with code in it is refused with one line, and the code does not run."
+
     class Bomb:
-        def __reduce__(self): return Path.touch, (tmp_path / "it ran",)
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "it ran",)
+
     shutil.copytree(whole.path, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(pickle.dumps(Bomb()))
     done = aavae("pretrain", "--out", tmp_path / "run", "--resume", "true", "--train.max_epochs", "9")
@@ -75,6 +123,16 @@ def test_a_pickle_never_runs(aavae, cifar, whole, tmp_path):
 
 def test_divergence_is_a_message(aavae, tmp_path):
     "A loss that becomes NaN ends in one line and exit code 1, and no checkpoint holds it."
-    done = aavae("pretrain", "--out", tmp_path / "run", "--train.lr", "1e30", "--train.warmup_epochs", "0", "--train.max_epochs", "2")
+    done = aavae(
+        "pretrain",
+        "--out",
+        tmp_path / "run",
+        "--train.lr",
+        "1e30",
+        "--train.warmup_epochs",
+        "0",
+        "--train.max_epochs",
+        "2",
+    )
     assert done.returncode == 1 and "lower --train.lr" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()

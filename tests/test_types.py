@@ -1,4 +1,5 @@
 "The types that the package promises, as mypy --strict sees them in a user's code."
+
 import subprocess
 import sys
 
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any, assert_type
 
 from aavae import AAVAE, Config, Features, ImageEncoder, ModelConfig, Run, preset, pretrain
-from aavae.export import embed_folder, export_encoder, load_from_hub
+from aavae.tools.embed import embed_folder
+from aavae.tools.export import export_encoder, load_from_hub
 from torch import Tensor
 
 def use(path: Path, images: Tensor) -> None:
@@ -27,14 +29,35 @@ def use(path: Path, images: Tensor) -> None:
     assert_type(load_from_hub("user/name"), ImageEncoder)
 """
 
-WRONG = {"ModelConfig(encoder='resnet19')": "arg-type", "pretrain('digits', out='runs')": "arg-type", "Run.load(3)": "arg-type", "preset('digits').train.learning_rate": "attr-defined",
-         "export_encoder(Run.load('r'), 'tf')": "arg-type", "Run.load('r').encoder(untrained='yes')": "arg-type"}
+WRONG = {
+    "ModelConfig(encoder='resnet19')": "arg-type",
+    "pretrain('digits', out='runs')": "arg-type",
+    "Run.load(3)": "arg-type",
+    "preset('digits').train.learning_rate": "attr-defined",
+    "export_encoder(Run.load('r'), 'tf')": "arg-type",
+    "Run.load('r').encoder(untrained='yes')": "arg-type",
+}
 
 
 def check(folder, code: str) -> str:
     pytest.importorskip("mypy")
     (folder / "use.py").write_text(code)
-    done = subprocess.run([sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--no-error-summary", "--cache-dir", folder / "cache", folder / "use.py"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--strict",
+            "--follow-imports=silent",
+            "--no-error-summary",
+            "--cache-dir",
+            folder / "cache",
+            folder / "use.py",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     return done.stdout + done.stderr
 
 
@@ -43,4 +66,6 @@ def test_the_public_interface(tmp_path):
     assert check(tmp_path, USE) == ""
     found = check(tmp_path, USE + "\n" + "\n".join(WRONG) + "\n")
     first = len(USE.splitlines()) + 2
-    assert [line.split(":")[1] + line.rsplit("[", 1)[1] for line in found.splitlines()] == [f"{first + i}{code}]" for i, code in enumerate(WRONG.values())], found
+    assert [line.split(":")[1] + line.rsplit("[", 1)[1] for line in found.splitlines()] == [
+        f"{first + i}{code}]" for i, code in enumerate(WRONG.values())
+    ], found
