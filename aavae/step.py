@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
+from .identity import cache_folder
 from .method import Batch, Method
 
 # %% ../nbs/3_training/10_step.ipynb #e9a14bba
@@ -198,8 +198,7 @@ def reason(e: Exception) -> str:
 
 def use_inductor_cache():
     "Lets `torch.compile` keep what it makes in the user's cache folder, unless another is set."
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "aavae" / "inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 
 
 def compile_networks(method: nn.Module, step: Step, batch: Batch) -> str | None:
