@@ -6,8 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aavae import Run
+from aavae.augment import ViewsConfig
+from aavae.loss import ObjectiveConfig
+from aavae.model import ModelConfig, build_model
 
 SMALL = [
     "--preset",
@@ -136,3 +141,17 @@ def test_divergence_is_a_message(aavae, tmp_path):
     )
     assert done.returncode == 1 and "lower --train.lr" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_gpu_compiles_the_whole_step():
+    "`torch.compile` finds nothing in the step on CUDA that it cannot put into one graph. The tensors have no memory."
+    images = torch.empty(16, 3, 32, 32, dtype=torch.uint8)
+    small = ModelConfig(encoder="resnet18", decoder="resnet18", width=0.125)
+    views = ViewsConfig(jitter=1.0, blur_p=0.5)
+    method = build_model(small, ObjectiveConfig(), views, 32, [0.5] * 3, [0.25] * 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        method.to("cuda")
+        batch = (images.to("cuda"), torch.arange(16, device="cuda"), torch.full((), 3, device="cuda"))
+        step = torch.compile(method.training_step, backend="eager", fullgraph=True, dynamic=False)
+        parts = step(batch)
+    assert parts["loss"].is_cuda and parts["loss"].requires_grad
