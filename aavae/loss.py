@@ -71,9 +71,17 @@ class ObjectiveConfig:
 
     name: Literal["ae", "aaae", "vae", "beta", "aavae"] = "aavae"  # AE, AAAE, VAE, AAVAE with a KL term, AAVAE
     beta: float | None = None  # weight of the KL term: needed for beta, 1 by default for vae, 0 for the others
-    target: Literal["original", "view"] = (
-        "original"  # what the decoder returns: the original, or the view that was seen
-    )
+    target: Literal["original", "view", "whitened", "patches", "hog", "codes"] = "original"  # what the decoder predicts
+    whitening: float = 0.5  # power p: components of the target are scaled by variance^(-p/2)
+    components: int | None = 512  # principal components in the target; null: all
+    patches: int = 256  # random patches that the target patches compares an image with
+    patch_size: int = 6  # side of a patch, in pixels
+    patch_stride: int = 2  # pixels from one patch of the image to the next
+    patch_pool: int = 2  # cells that responses are averaged over, in each direction
+    patch_image_size: int = 32  # side to which larger images are shrunk before they are compared
+    condition: bool = False  # the decoder is told the view's parameters: crop, flip, colours
+    show_pixels: bool = False  # beside a target that is no image: a pixel decoder that the encoder does not feel
+    stages: int = 1  # parts of the training; each but the first predicts the encoder as it was when the part began
     logscale: float = 0.0  # log-variance of the Gaussian likelihood, its start if it is learned
     learn_logscale: bool = False  # learn the logscale, one number for all pixels
     clean_pass: bool = False  # a second encoder pass, over the originals, as in the original code; moves BatchNorm
@@ -91,6 +99,29 @@ class ObjectiveConfig:
             )
         if not math.isfinite(self.logscale):
             raise InputError(f"objective.logscale {self.logscale} is not finite; the paper uses -5 to 2")
+        self._check_target()
+
+    def _check_target(self):
+        if not 0 <= self.whitening <= 2:
+            raise InputError(
+                f"objective.whitening {self.whitening} is out of range; use 0 (none) to 1 (all), 0.5 is half"
+            )
+        names = ("components", "patches", "patch_size", "patch_stride", "patch_pool", "patch_image_size", "stages")
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"objective.{name} {value} is too small; use 1 or more")
+        if self.patch_size < 2 or self.patch_size > self.patch_image_size:
+            raise InputError(
+                f"objective.patch_size {self.patch_size} is no side of a patch; use 2 to {self.patch_image_size}"
+            )
+        if self.stages > 1 and self.target not in ("patches", "hog"):
+            raise InputError(f"objective.stages {self.stages} needs features as target; use --objective.target patches")
+
+    @property
+    def has_features(self) -> bool:
+        "Whether the target is a vector of features, and no image."
+        return self.target in ("patches", "hog", "codes")
 
     @property
     def augment(self) -> bool:

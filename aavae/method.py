@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from .data import Split
+
 Batch = tuple[Tensor, Tensor, int | Tensor]  # images, their indices, the epoch
 
 # %% ../nbs/2_model/05_method.ipynb #0ceaa237
@@ -20,10 +22,17 @@ class Method(L.LightningModule):
 
     encoder: nn.Module
     lr: float = 2.5e-4  # of `configure_optimizers`; `pretrain` sets its own from the configuration
+    copied: tuple[str, ...] = ()  # names, or their beginnings, of state that an average of the weights takes as it is
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         "The loss of a batch, a mean over its images, and parts of it that are logged."
         raise NotImplementedError
+
+    def before_training(self, split: Split, resumed: bool):
+        """Acts once before the first step, on the device of training, with the images of a split.
+
+        When a run is `resumed`, its state is that of the checkpoint. Every process calls it. By default it does
+        nothing."""
 
     def parameters_to_train(self) -> list[nn.Parameter]:
         "What the optimiser changes."
