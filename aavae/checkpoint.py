@@ -42,11 +42,12 @@ class EMA:
         "Sets the average beside the model that is trained, on its device. The tensors of both are found once."
         if self.decay is None:
             return
-        pairs = list(zip(self.model.to(device).state_dict().values(), method.state_dict().values(), strict=True))
-        self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-        floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        self.averages = [average for average, _ in floats]
-        self.weights = [weight for _, weight in floats]
+        averages, weights = self.model.to(device).state_dict(), method.state_dict()
+        copied = {name for name, t in averages.items() if not t.is_floating_point()}
+        copied |= {name for name in averages if name.startswith(self.model.copied)}
+        self.copies = [(averages[name], weights[name]) for name in averages if name in copied]
+        self.averages = [averages[name] for name in averages if name not in copied]
+        self.weights = [weights[name] for name in averages if name not in copied]
 
     @torch.no_grad()
     def update(self):
@@ -54,8 +55,8 @@ class EMA:
         if self.decay is None:
             return
         torch._foreach_lerp_(self.averages, self.weights, 1 - self.decay)
-        for average, count in self.counts:
-            average.copy_(count)
+        for average, value in self.copies:
+            average.copy_(value)
 
 # %% ../nbs/3_training/12_checkpoint.ipynb #438b739b
 def all_finite(model: nn.Module) -> bool:

@@ -47,10 +47,11 @@ class TrainConfig:
     max_steps: int | None = None  # stop after this many steps, if that is sooner
     max_time: str | None = None  # HH:MM:SS; save and stop after this much training, to be resumed
     batch_size: int = 256  # images per step, over all processes and micro-batches
-    lr: float = 2.5e-4  # learning rate of Adam after the warm-up
+    lr: float = 2.5e-4  # learning rate after the warm-up
     warmup_epochs: int = 10  # epochs in which the learning rate rises linearly from 0, step by step
     schedule: Literal["constant", "cosine"] = "constant"  # the learning rate after the warm-up
-    weight_decay: float = 0.0  # weight decay of Adam
+    optimizer: Literal["adam", "adamw"] = "adam"  # adamw: weight decay apart from the gradient
+    weight_decay: float = 0.0  # weight decay of the optimiser
     precision: Literal["auto", "32", "bf16"] = "auto"  # numbers of the networks; auto: bf16 where the hardware has it
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile the networks; auto: on CUDA, where it works
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"  # device to train on; auto: a CUDA GPU if there is one

@@ -47,8 +47,11 @@ def _saved_bytes(model: AAVAE, n: int, size: int) -> tuple[int, int]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         mu, std = model.encode(images)
         z = mu if std is None else mu + std * torch.empty_like(mu)
-        reconstruction = model.decode(z.to(dtype))
-        model.loss(images.float(), reconstruction, mu, std)
+        prediction = model.predict(z.to(dtype))
+        observed = (images.float(),)
+        if prediction.ndim == 2:
+            observed = (torch.empty_like(prediction), prediction.new_empty(n))  # a target is there already
+        model.loss(model.log_likelihood(observed, prediction), mu, std)
     sizes = [storage.nbytes() for key, storage in saved.items() if key not in weights]
     return sum(sizes), max(sizes)
 

@@ -21,6 +21,7 @@ import torch
 from .config import Config
 from .data import ImageData
 from .errors import InputError
+from .loss import ObjectiveConfig
 
 if TYPE_CHECKING:
     from aavae.run import Subject
@@ -115,7 +116,18 @@ def _network(config: Config) -> dict[str, Any]:
         "latent_dim": model.latent_dim,
         "logscale": objective.logscale,
         "learn_logscale": objective.learn_logscale,
+        **_target(objective),
     }
+
+
+def _target(objective: ObjectiveConfig) -> dict[str, Any]:
+    "What a record says of a target that is not the image itself."
+    if objective.target in ("original", "view"):
+        return {}
+    names = ["whitening", "components", "condition", "stages"]
+    if objective.target == "patches":
+        names += ["patches", "patch_size", "patch_stride", "patch_pool", "patch_image_size"]
+    return {name: getattr(objective, name) for name in names}
 
 
 def _pretraining(config: Config, facts: dict[str, Any]) -> dict[str, Any]:

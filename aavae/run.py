@@ -322,9 +322,12 @@ class Subject:
 
     def model(self) -> AAVAE:
         "The whole model, frozen in eval mode."
-        if self.untrained:
-            return self.run.fresh_model().eval().requires_grad_(False)
-        return self.run.model(self.epoch)
+        if not self.untrained:
+            return self.run.model(self.epoch)
+        model = self.run.fresh_model()
+        if model.target is not None:  # it is not learnt, and there is none before the training
+            model.target.load_state_dict(self.run.model(self.epoch).target.state_dict())
+        return model.eval().requires_grad_(False)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -34,8 +34,9 @@ def lr_factor(step: int, warmup_steps: int, total_steps: int | None = None, sche
 
 # %% ../nbs/3_training/10_step.ipynb #679db1be
 def make_optimizer(method: Method, train: TrainConfig, device: torch.device) -> torch.optim.Adam:
-    "Adam for what `method` trains."
-    return torch.optim.Adam(
+    "Adam or AdamW for what `method` trains."
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
+    return kind(
         method.parameters_to_train(),
         lr=train.lr,
         weight_decay=train.weight_decay,

@@ -235,6 +235,7 @@ class Target(nn.Module):
         self.register_buffer("variances", torch.zeros(self.size))
         self.register_buffer("scale", torch.zeros(self.size))
         self.register_buffer("rest_scale", torch.zeros(()))
+        self.table: Table | None = None  # of all training images
 
     @torch.no_grad()
     def fit(self, split: Split, normalize: nn.Module, seed: int):

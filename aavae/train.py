@@ -89,6 +89,7 @@ def fit(t: Training):
     look = make_look(t)
     milestones = {epoch * steps_per_epoch: epoch for epoch in train.keep_at_epochs}
     restore(t, optimizer, ema, keeper)
+    t.method.before_training(t.batches.split, resumed=t.checkpoint is not None)
 
     method, optimizer = fabric.setup(synchronised(t), optimizer)
     method.train()

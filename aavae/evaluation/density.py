@@ -40,6 +40,14 @@ def _require_posterior(objective: ObjectiveConfig):
     )
 
 
+def _require_density(objective: ObjectiveConfig):
+    if objective.has_features:
+        raise InputError(
+            f"objective.target {objective.target} makes the likelihood one of features, which is no density of images; "
+            "use a run whose target is original or whitened"
+        )
+
+
 def _require_draws(samples: int, stretch: float):
     if samples < 1:
         raise InputError(f"--samples {samples} is too small; use 1 or more")
@@ -53,9 +61,9 @@ def _log_weights(model: AAVAE, x: Tensor, mu: Tensor, std: Tensor, index: Tensor
     "The log-weights of a few draws, `(n, draws)` float64."
     n, k = len(x), len(draws)
     z = torch.stack([model.sample(mu, std, index, UNSEEN, draw) for draw in draws], 1)  # (n, k, d)
-    mean = model.decode(z.flatten(0, 1)).double()  # (n k, 3, s, s)
-    images = x.double().repeat_interleave(k, 0)  # (n k, 3, s, s)
-    log_likelihood = gaussian_log_likelihood(images, mean, model.logscale.double()).view(n, k)
+    prediction = model.predict(z.flatten(0, 1)).double()  # (n k, ...)
+    observed = tuple(part.double().repeat_interleave(k, 0) for part in model.observe(x))  # (n k, ...) each
+    log_likelihood = model.log_likelihood(observed, prediction).view(n, k)
     z, mu, std = z.double(), mu.double()[:, None], std.double()[:, None]  # (n, k, d), (n, 1, d), (n, 1, d)
     noise = (z - mu) / std
     log_prior_over_proposal = (0.5 * (noise.square() - z.square()) + std.log()).sum(2)  # (n, k)
@@ -169,6 +177,7 @@ def density(subject: Subject, data: ImageData, config: DensityConfig | None = No
     Raises `InputError` if the run has no posterior, or there is no such split, milestone or checkpoint."""
     config = config or DensityConfig()
     _require_posterior(subject.run.config.objective)
+    _require_density(subject.run.config.objective)
     model = subject.model().to(subject.run.here.device)
     names = [config.split] if config.split else [data.pretrain_split, data.eval_split]
     records = []
