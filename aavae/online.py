@@ -29,8 +29,10 @@ def knn_scores(
     scores = [torch.zeros(len(query), n_classes, device=train.device) for _ in ks]
     for start in range(0, len(query), 256):
         rows = slice(start, start + 256)
-        similarity, neighbour = (F.normalize(query[rows], dim=1) @ train.T).topk(kmax)  # (256, kmax)
-        weight = ((similarity - similarity[:, :1]) / temperature).exp()  # relative to the nearest
+        similarity = F.normalize(query[rows], dim=1) @ train.T  # (256, n)
+        similarity, neighbour = similarity.topk(kmax)  # (256, kmax)
+        below_nearest = similarity - similarity[:, :1]
+        weight = torch.exp(below_nearest / temperature)
         for k, score in zip(ks, scores, strict=True):
             score[rows].scatter_add_(1, labels[neighbour[:, :k]], weight[:, :k])
     return scores
@@ -38,9 +40,16 @@ def knn_scores(
 # %% ../nbs/3_training/09_online.ipynb #29ca2f59
 def probe_top1(train: Tensor, labels: Tensor, query: Tensor, query_labels: Tensor, n_classes: int) -> float:
     "Top-1 accuracy (0 to 1) on `query (q, d)` of a linear classifier trained on `train (n, d)` with `labels (n,)`."
-    mean, scale = train.mean(0), train.std(0).clamp(min=1e-6)
-    x = (train - mean) / scale
-    labels = labels.to(x.device)
+    mean = train.mean(0)
+    scale = train.std(0).clamp(min=1e-6)
+    weight, bias = _fit_linear((train - mean) / scale, labels.to(train.device), n_classes)
+    scores = ((query - mean) / scale) @ weight + bias
+    correct = scores.argmax(1).cpu() == query_labels.cpu()
+    return correct.double().mean().item()
+
+
+def _fit_linear(x: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+    "Weight `(d, n_classes)` and bias of a linear classifier of features `x (n, d)`: 200 steps of Adam on all of them."
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone()
         weight = torch.zeros(x.shape[1], n_classes, device=x.device, requires_grad=True)
@@ -51,8 +60,7 @@ def probe_top1(train: Tensor, labels: Tensor, query: Tensor, query_labels: Tenso
             adam.zero_grad()
             loss.backward()
             adam.step()
-    predicted = (((query - mean) / scale) @ weight.detach() + bias.detach()).argmax(1)
-    return (predicted.cpu() == query_labels.cpu()).double().mean().item()
+    return weight.detach(), bias.detach()
 
 # %% ../nbs/3_training/09_online.ipynb #69c4e536
 def rankme(features: Tensor, eps: float = 1e-7) -> float:
@@ -66,7 +74,8 @@ class Look:
     "What is read from an encoder during training, on a bank of training images and on the validation images."
 
     def __init__(self, data: ImageData, train: Split, bf16: bool):
-        self.bank = train.take(permutation(0, 0, len(train))[:10_000].to(train.labels.device))
+        chosen = permutation(0, 0, len(train))[:10_000]
+        self.bank = train.take(chosen.to(train.labels.device))
         self.stats = (data.mean, data.std)
         self.bf16 = bf16
         self.n_classes = len(data.classes)
