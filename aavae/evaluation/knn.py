@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data import ImageData
 from ..errors import InputError
-from .scores import labelled_split, top_k
+from .scores import measured_split, top_k
 from ..online import knn_scores
 from ..records import Measurement, make_record
 from ..run import Subject
@@ -24,6 +24,7 @@ class KNNConfig:
 
     ks: tuple[int, ...] = (20, 200)  # numbers of neighbours
     temperature: float = 0.07  # of the neighbours' weights
+    split: str | None = None  # val or test: what is measured; by default test, or val if there is no test split
 
     def __post_init__(self):
         if min(self.ks, default=0) < 1:
@@ -34,12 +35,14 @@ class KNNConfig:
 # %% ../../nbs/5_evaluation/04_knn.ipynb #325af302
 def knn(subject: Subject, data: ImageData, config: KNNConfig) -> list[dict[str, Any]]:
     "Records of the weighted kNN classifier, one for each k. Raises `InputError` if labels or classes are missing."
-    started, split = time.time(), labelled_split(data)
+    started, split = time.time(), measured_split(data, config.split)
     train, test = subject.features("train", data), subject.features(split, data)
     scores = knn_scores(train.x, train.y, test.x, len(data.classes), tuple(config.ks), config.temperature)
     records = []
     for k, of_k in zip(config.ks, scores, strict=True):
         settings = {"k": min(k, len(train)), "temperature": config.temperature}
+        if config.split:
+            settings["split"] = config.split
         what = Measurement("knn", data, split, len(test), started, settings)
         records.append(make_record(subject, what, "top1", [top_k(of_k, test.y)]))
     return records

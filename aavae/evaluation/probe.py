@@ -22,7 +22,7 @@ from ..augment import ViewsConfig, split_views
 from ..data import ImageData, Split
 from ..errors import Failed, InputError
 from .features import Features, frozen
-from .scores import labelled_split, top_k, top_records
+from .scores import labelled_split, measured_split, top_k, top_records
 from ..progress import progress
 from ..records import Measurement
 from ..rng import permutation, uniform
@@ -255,6 +255,7 @@ class LinearConfig(ProbeConfig):
     "The options of `linear`."
 
     tune: bool = False  # choose the learning rate on the validation split
+    split: str | None = None  # val or test: what is measured; by default test, or val if there is no test split
 
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # times batch_size / 256: what `tune` chooses from
@@ -283,7 +284,7 @@ def linear(subject: Subject, data: ImageData, config: LinearConfig) -> list[dict
 
     By default it is trained on cached features, which is quick and not the paper's protocol; that is `views`. With
     `tune` the learning rate is chosen on the validation split. Raises `InputError` if labels or classes are missing."""
-    started, split = time.time(), labelled_split(data)
+    started, split = time.time(), measured_split(data, config.split)
     recipe = config.recipe()
     if config.tune:
         recipe = replace(recipe, lr=tuned_rate(subject, data, config))
@@ -291,6 +292,8 @@ def linear(subject: Subject, data: ImageData, config: LinearConfig) -> list[dict
     settings = hyperparameters(config, recipe, "SGD, Nesterov 0.9, cosine")
     if config.tune:
         settings["lr_chosen_on"] = "val"
+    if config.split:
+        settings["split"] = config.split
     what = Measurement(
         "linear", data, split, len(data.split(split)), started, settings, recipe.seeds, views=config.views
     )

@@ -72,6 +72,8 @@ def column(p: Point) -> str:
     if task == "density":
         return _density_column(p)
     name = f"kNN k={settings['k']}" if task == "knn" else _linear_column(p)
+    if settings.get("split") == "val":  # chosen, although there is a test split
+        name += ", validation"
     other = evaluation.get("label") != p["pretrain"].get("label")
     return f"{name} on {evaluation['label']}" if other else name
 
