@@ -525,9 +525,11 @@ def cmd_embed(argv: list[str]):
     parser.add_argument("dir", type=str, help="folder of images, of any size; all folders below it are searched")
     parser.add_argument("--run", type=str, required=True, help="folder of the run whose encoder is used")
     parser.add_argument("-o", "--out", type=str, required=True, help="the table: FILE.parquet or FILE.npz")
-    parser.add_function_arguments(embed_folder, skip={"run", "folder", "out", "show_progress"})
+    parser.add_argument("--data.depth", type=int | None, default=None)
+    parser.add_function_arguments(embed_folder, skip={"run", "folder", "out", "show_progress", "depth"})
     args = parse(parser, argv)
-    about = embed_folder(Run.load(args.run), args.dir, args.out, args.untrained, args.epoch, args.batch_size)
+    options = dict(untrained=args.untrained, epoch=args.epoch, batch_size=args.batch_size, depth=args.data.depth)
+    about = embed_folder(Run.load(args.run), args.dir, args.out, **options)
     print(f"{args.out}: path (below {about['folder']}) and embedding ({about['dim']} numbers) of {about['n']:,} images")
     if about["skipped"]:
         print(f"{about['skipped']:,} unreadable files are listed in {args.out}.skipped.txt")

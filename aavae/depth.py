@@ -6,6 +6,7 @@
 __all__ = ['NATIVE', 'is_deep', 'pixel_values', 'declared_depths', 'fitting_depth', 'to_8_bits', 'find_depth']
 
 # %% ../nbs/1_images/04_depth.ipynb #depthim1
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ def _is_deep_grey(image: Image.Image) -> bool:
 
 def is_deep(image: Image.Image) -> bool:
     "Whether an opened image, not decoded yet, has more than 8 bits a channel."
-    return _is_deep_grey(image) or re.fullmatch(r"(RGB|RGBA|RGBX|LA);16[BLN]", _raw_mode(image)) is not None
+    return _is_deep_grey(image) or re.fullmatch(r"(RGB|RGBA|RGBa|RGBX|LA);16[BLN]", _raw_mode(image)) is not None
 
 # %% ../nbs/1_images/04_depth.ipynb #depthra3
 NATIVE = {"little": "L", "big": "B"}[sys.byteorder]
@@ -44,25 +45,36 @@ def _other_order(raw_mode: str) -> str:
     return raw_mode[:-1] + {"B": "L", "L": "B"}[order]
 
 
-def _low_bytes(path: str) -> np.ndarray:
-    "The low bytes of a colour image of 16 bits."
+def _unpacked(path: str, raw_mode: str, mode: str) -> np.ndarray:
+    "The pixels of a file `(h, w, channels)`, taken for pixels that lie there in `raw_mode`."
     with Image.open(path) as image:
-        raw_mode = _other_order(_raw_mode(image))
         tiles = []
         for tile in image.tile:
             args = raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:])
             tiles.append(tile._replace(args=args))
         image.tile = tiles
-        return np.asarray(image)
+        image._mode = mode
+        return np.asarray(image).astype(np.int32)
 
 
 def pixel_values(image: Image.Image) -> np.ndarray:
     "The numbers in the pixels of an opened deep image, `(h, w)` or `(h, w, channels)`."
     if _is_deep_grey(image):
         return np.asarray(image)
-    has_low_bytes = not _raw_mode(image).startswith("LA")  # Pillow has no other byte order for these
-    high = np.asarray(image).astype(np.int32) * 256
-    return high + _low_bytes(image.filename) if has_low_bytes else high
+    path, raw_mode = image.filename, _raw_mode(image)
+    if raw_mode.startswith("LA"):  # Pillow has no other byte order for these
+        quads = _unpacked(path, "RGBA", "RGBA")  # high and low byte of grey, then of alpha
+        return quads[..., 0::2] * 256 + quads[..., 1::2]
+    raw_mode = raw_mode.replace("RGBa", "RGBA")  # else Pillow would divide the bytes by alpha
+    high = _unpacked(path, raw_mode, image.mode)
+    low = _unpacked(path, _other_order(raw_mode), image.mode)
+    return high * 256 + low
+
+
+def _without_alpha(values: np.ndarray) -> np.ndarray:
+    "The channels of light; how opaque a pixel is may have another depth."
+    has_alpha = values.ndim == 3 and values.shape[2] in (2, 4)
+    return values[..., :-1] if has_alpha else values
 
 # %% ../nbs/1_images/04_depth.ipynb #depthde2
 def _significant_bits(path: str) -> int | None:
@@ -72,7 +84,8 @@ def _significant_bits(path: str) -> int | None:
         while len(head := f.read(8)) == 8:
             size, kind = int.from_bytes(head[:4], "big"), head[4:]
             if kind == b"sBIT":
-                return max(f.read(size), default=None)
+                light = f.read(size)[: size - 1 if size in (2, 4) else size]  # the last of 2 or 4 is alpha
+                return max(light, default=None)
             if kind == b"IDAT":
                 break
             f.seek(size + 4, 1)
@@ -163,6 +176,19 @@ def _scaled(values: np.ndarray, depth: int) -> np.ndarray:
     return (values >> (depth - 8)).astype(np.uint8)
 
 
+def _in_8_bits(image: Image.Image, values: np.ndarray, depth: int) -> Image.Image:
+    "The `values` of an image as 8 bits; alpha has 16 bits where it does not fit `depth`."
+    light = _without_alpha(values)
+    if light is values:
+        return Image.fromarray(_scaled(values, depth))
+    alpha = values[..., -1:]
+    alpha_depth = depth if alpha.max() < 2**depth else 16
+    small = np.concatenate([_scaled(light, depth), _scaled(alpha, alpha_depth)], 2)
+    if not _raw_mode(image).startswith("RGBa"):
+        return Image.fromarray(small)
+    return Image.frombytes("RGBa", image.size, small.tobytes()).convert("RGBA")  # divided by alpha
+
+
 def to_8_bits(image: Image.Image, depth: int | None = None) -> Image.Image:
     """An opened deep image in 8 bits a channel; without `depth` by what the file itself says.
 
@@ -170,15 +196,16 @@ def to_8_bits(image: Image.Image, depth: int | None = None) -> Image.Image:
     """
     declared = declared_depths(image)
     values = pixel_values(image)
-    largest = values.max()
+    light = _without_alpha(values)
+    largest = light.max()
     depth = depth or fitting_depth(largest, values.dtype.kind == "f", declared)
     if depth is None:
         raise InputError(
             f"has {_kind(values)} pixels up to {largest:,}, so their white cannot be told; "
             f"set --data.depth {_likely_depth(largest)}, or what it is"
         )
-    _check_range(values, depth)
-    small = Image.fromarray(_scaled(values, depth))
+    _check_range(light, depth)
+    small = _in_8_bits(image, values, depth)
     small.getexif()[0x0112] = image.getexif().get(0x0112, 1)  # how the camera was turned
     return small
 
@@ -191,11 +218,12 @@ class _Found:
     largest: float
     kinds: set[str]
     declared: set[tuple[int, ...]]
+    folder: str  # that holds them all
 
 
 def _look(paths: Sequence[Path], n: int) -> _Found:
     "Looks at `n` of the files; those that cannot be read are named when they are decoded."
-    found = _Found(0, 0, set(), set())
+    found = _Found(0, 0, set(), set(), "")
     step = max(1, len(paths) // n)
     for i in range(0, len(paths), step):
         path = Path(paths[i])
@@ -209,8 +237,10 @@ def _look(paths: Sequence[Path], n: int) -> _Found:
                 values = pixel_values(image)
         except Exception:
             continue  # it is named when it is decoded
+        folders = [found.folder or path.parent, path.parent]
+        found.folder = os.path.commonpath(folders)
         found.count += 1
-        found.largest = max(found.largest, values.max().item())
+        found.largest = max(found.largest, _without_alpha(values).max().item())
         found.kinds.add(_kind(values))
     return found
 
@@ -232,9 +262,9 @@ def find_depth(paths: Sequence[Path], depth: int | None = None, n: int = 64) -> 
     likely = _likely_depth(largest)
     if own is None:
         raise InputError(
-            f"{paths[0].parent} has {about}, so their white cannot be told; set --data.depth {likely}, or what it is"
+            f"{found.folder} has {about}, so their white cannot be told; set --data.depth {likely}, or what it is"
         )
     if largest > _white(own, kind):
-        raise InputError(f"data.depth {own} is too small: {paths[0].parent} has {about}; set --data.depth {likely}")
+        raise InputError(f"data.depth {own} is too small: {found.folder} has {about}; set --data.depth {likely}")
     origin = "data.depth" if depth else "declared" if own in declared else "told by the values"
     return own, f"{about}; 0 to {2**own - 1:,} becomes 0 to 255 ({origin})"

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +20,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data import DataConfig
+from ..depth import find_depth
 from ..distributed import stop_signals
 from ..encoder import ImageEncoder
 from ..errors import InputError, Interrupted
 from ..evaluation.features import weights_hash
 from ..files import atomic, writing
-from ..images import SUFFIXES, decode, open_image, unreadable
+from ..images import SUFFIXES, decode, is_image_name, open_image, unreadable, walk
 from ..progress import progress
 from ..records import versions
 from ..run import Run, encoder_facts
 from .parts import WRITERS, Part, Parts, Stamped, Walk, name_below, need, read_about, stamped, survey
 
 # %% ../../nbs/8_tools/05_embed.ipynb #49bc0884
-def decode_any(path: str | Path, image_size: int) -> Tensor:
+def decode_any(path: str | Path, image_size: int, depth: int | None = None) -> Tensor:
     "Like `decode`, 8-bit RGB `(3, s, s)`, but a smaller image is enlarged. Raises `InputError` if it is unreadable."
     try:
         with open_image(path) as image:
             side = min(image_size, *image.size)
     except Exception as e:
         raise InputError(f"{path} is not a readable image ({unreadable(e)}); remove it") from e
-    x = decode(path, side)
+    x = decode(path, side, depth=depth)
     if side == image_size:
         return x
     enlarged = F.interpolate(x[None].float(), (image_size, image_size), mode="bilinear")  # (1, 3, s, s)
     return enlarged[0].round().to(torch.uint8)
 
 # %% ../../nbs/8_tools/05_embed.ipynb #710f3368
-def _image_or_reason(path: Path, image_size: int) -> Tensor | str:
+def _image_or_reason(path: Path, image_size: int, depth: int | None) -> Tensor | str:
     "The image `(3, s, s)`, or why it cannot be read."
     try:
-        return decode_any(path, image_size)
+        return decode_any(path, image_size, depth)
     except InputError as e:
-        return str(e).split(" is not a readable image (")[-1].rsplit(");", 1)[0]
+        reason = str(e).removeprefix(f"{path} ").removeprefix("is not a readable image (")
+        return reason.rsplit(";", 1)[0].removesuffix(")")
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Embedder:
     image_size: int
     device: torch.device
     batch_size: int = 128
+    depth: int | None = None  # bits in use in files of more than 8
 
     def batches(self, walk: Walk) -> Iterator[tuple[list[Stamped], list[Tensor | str]]]:
         "Files of the walk with what they hold: an image or why there is none. The next batch is decoded meanwhile."
@@ -68,7 +73,7 @@ class Embedder:
 
             def begin():
                 files = walk.take(self.batch_size)
-                return files, [pool.submit(_image_or_reason, f.path, self.image_size) for f in files]
+                return files, [pool.submit(_image_or_reason, f.path, self.image_size, self.depth) for f in files]
 
             files, pending = begin()
             while files:
@@ -155,6 +160,16 @@ def _check(folder: Path, out: Path, batch_size: int):
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; name one that holds images")
 
+
+def _depth_of(folder: Path, total: int, depth: int | None) -> int | None:
+    "The depth at which all `total` images below a folder are read, by some of them; a note says how."
+    every = max(1, total // 64)
+    some = list(islice(filter(is_image_name, walk(folder)), 0, None, every))
+    found, note = find_depth(some, DataConfig(depth=depth).depth)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    return found
+
 # %% ../../nbs/8_tools/05_embed.ipynb #9ce63642
 def embed_folder(
     run: Run,
@@ -164,12 +179,13 @@ def embed_folder(
     epoch: int | None = None,
     batch_size: int = 128,
     show_progress: bool = True,
+    depth: int | None = None,
 ) -> dict[str, Any]:
     """Writes path and embedding of every image below `folder` to `out`, a `.npz` or `.parquet`.
 
     Returns what `out` says about itself. Files that cannot be read are listed in `out`.skipped.txt. Stopped or
-    killed, the same call goes on where it was. Raises `InputError` if there are no images, or `out` holds
-    something else."""
+    killed, the same call goes on where it was. `depth` is the number of bits in use where files have more than 8.
+    Raises `InputError` if there are no images, their depth cannot be told, or `out` holds something else."""
     folder, out = Path(folder), Path(out)
     _check(folder, out, batch_size)
     total, others = survey(folder)
@@ -178,7 +194,8 @@ def embed_folder(
         raise InputError(f"there are no images below {folder}; they are known by their suffixes: {suffixes}")
     facts = encoder_facts(run.encoder_path(epoch))
     encoder = run.encoder(untrained, epoch).to(run.here.device)
-    embed = Embedder(encoder, facts["image_size"], run.here.device, batch_size)
+    depth = _depth_of(folder, total, depth)
+    embed = Embedder(encoder, facts["image_size"], run.here.device, batch_size, depth)
     about = {
         "run": str(run.path),
         "objective": "untrained" if untrained else run.config.objective.name,
@@ -186,11 +203,12 @@ def embed_folder(
         "epochs": 0 if untrained else facts["epochs"],
         "encoder_sha256": weights_hash(encoder),
         "image_size": facts["image_size"],
+        "depth": depth,
         "folder": str(folder),
         "other_files": others,
         "versions": versions(),
     }
-    walk = Walk(stamped(folder), f"{about['encoder_sha256']} {facts['image_size']}\n")
+    walk = Walk(stamped(folder), f"{about['encoder_sha256']} {facts['image_size']} {depth}\n")
     if out.exists():
         return _finished(out, walk)
     return _embed_folder(embed, folder, out, walk, total, about, show_progress)

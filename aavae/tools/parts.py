@@ -36,12 +36,12 @@ class Stamped(NamedTuple):
 
 
 def _stamp(path: Path) -> str:
-    "The path, size in bytes and time of change of a file; the path alone where nothing can be said of it."
+    "The path, size in bytes and times of change of a file; the path alone where nothing can be said of it."
     try:
         facts = path.stat()
     except OSError:
         return f"{path}\n"
-    return f"{path} {facts.st_size} {facts.st_mtime_ns}\n"
+    return f"{path} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}\n"
 
 
 def stamped(folder: Path) -> Iterator[Stamped]:
