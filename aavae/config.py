@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'NAMES', 'TYPES', 'ALSO_CALLED', 'PLUS', 'PRESETS', 'TrainConfig', 'Config', 'unknown', 'config_parser',
-           'parser_error', 'check_values', 'make_config', 'read_yaml', 'warmup_note', 'shorter_warmup', 'preset',
-           'scaled_to_batch']
+           'parser_error', 'check_values', 'make_config', 'read_yaml', 'shorter_warmup', 'preset', 'scaled_to_batch']
 
 # %% ../nbs/3_training/01_config.ipynb #configim
 import difflib
@@ -355,17 +354,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return flat
 
 # %% ../nbs/3_training/01_config.ipynb #confwar1
-def warmup_note(config: Config, epochs: float) -> str:
-    "What to say of a run of `epochs` epochs whose warm-up is longer than a tenth of it; empty if it is not."
-    warmup = config.train.warmup_epochs
-    if warmup <= epochs / 10:
-        return ""
-    return (
-        f"train.warmup_epochs {warmup} is {100 * min(1, warmup / epochs):.0f}% of a run of {epochs:g} epochs, "
-        f"in which the learning rate stays below {config.train.lr:g}; use --train.warmup_epochs {int(epochs // 10)}"
-    )
-
-
 def shorter_warmup(config: Config, given: Collection[str]) -> tuple[Config, str]:
     """`config` with a warm-up of at most a tenth of its epochs, and a note that says so; empty if nothing changes.
 

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'CIFAR10_STATS', 'STL10_STATS', 'IMAGENET_STATS', 'DataConfig', 'place', 'Paths', 'Split', 'ImageData',
-           'fingerprint', 'normalisation', 'held_out']
+           'fingerprint', 'normalisation', 'say_notes', 'held_out']
 
 # %% ../nbs/1_images/07_data.ipynb #dataim
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,12 +33,10 @@ class DataConfig:
     root: str | Path | None = None  # folder that holds it; digits need none
     download: bool = False  # fetch CIFAR-10 or STL-10 into `root` if it is not there
     image_size: int | None = None  # side in pixels; by default the data set's own (digits: 16)
-    val_size: int | None = (
-        None  # images held out where there is no `val/`; by default a tenth, at most 5,000 of ImageNet
-    )
-    depth: int | None = (
-        None  # bits in use in images of more than 8, 12 say; 1 is floats from 0 to 1; by default as told
-    )
+    # images held out where there is no `val/`; by default a tenth, at most 5,000 of ImageNet
+    val_size: int | None = None
+    # bits in use in images of more than 8, 12 say; 1 is floats from 0 to 1; by default as told
+    depth: int | None = None
     on_error: Literal["raise", "skip"] = "raise"  # what to do at a file that is no readable image
     resident: Literal["auto", "true", "false"] = "auto"  # hold decoded images in memory; auto: a split of up to 4 GiB
     workers: int = 2  # processes that decode images that are not resident; at most one a core is used
@@ -262,6 +261,15 @@ LABELS = {
 CIFAR10_STATS = ([125.3 / 255, 123.0 / 255, 113.9 / 255], [63.0 / 255, 62.1 / 255, 66.7 / 255])
 STL10_STATS = ([0.43, 0.42, 0.39], [0.27, 0.26, 0.27])
 IMAGENET_STATS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+# %% ../nbs/1_images/07_data.ipynb #12f37364
+def say_notes(data: Any):
+    "Prints on stderr what was noticed about the files of a data set, and how many of them were left out."
+    for note in data.notes:
+        print(f"note: {data.name}: {note}", file=sys.stderr)
+    if data.skipped:
+        n = len(data.skipped)
+        print(f"note: {data.name}: {n:,} unreadable files are left out; the first: {data.skipped[0]}", file=sys.stderr)
 
 # %% ../nbs/1_images/07_data.ipynb #datahel2
 def held_out(n: int, val_size: int | None) -> tuple[Tensor, Tensor]:

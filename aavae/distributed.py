@@ -24,7 +24,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from .config import TrainConfig
@@ -107,6 +107,12 @@ class Processes:
     def is_main(self) -> bool:
         "Whether this is rank 0, the process that writes."
         return self.rank == 0
+
+    def synchronised(self, module: nn.Module) -> nn.Module:
+        "`module`, with BatchNorm over all GPUs where there are several. (PyTorch has no such BatchNorm on a CPU.)"
+        if self.world_size == 1 or self.device.type == "cpu":
+            return module
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
     @contextmanager
     def connected(self):

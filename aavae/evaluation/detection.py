@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from ..config import TrainConfig
-from ..data import IMAGENET_STATS
+from ..data import IMAGENET_STATS, say_notes
 from ..distributed import Processes, cluster, launch, run_process, stop_signals
 from ..encoder import Encoder
 from ..errors import InputError
@@ -161,8 +161,7 @@ def _write_predictions(folder: Path, predictions: list[Boxes], data: VOC):
 
 
 def _say_notes(data: VOC):
-    for note in data.notes:
-        print(f"note: {data.name}: {note}", file=sys.stderr)
+    say_notes(data)
     if not find_spec("faster_coco_eval"):
         print("note: no COCO-style figure; pip install 'aavae[detect]' for it", file=sys.stderr)
 
@@ -236,7 +235,7 @@ def detect(
     start = make_start(subject, config.weights)
     data = VOC(root)
     recipe = config.recipe(len(data.train))
-    settings = asdict(recipe) | {"data": data.fingerprint(), "encoder": tensors_hash(start.encoder.state_dict())}
+    settings = asdict(recipe) | {"encoder": tensors_hash(start.encoder.state_dict())}
     folder = subject.run.path / "detect" / "-".join(filter(None, [data.name, start.suffix]))
     with torch.random.fork_rng([]):
         torch.manual_seed(recipe.seed)
@@ -249,6 +248,7 @@ def detect(
         step = 0
         if processes.is_main:
             stack.enter_context(writing(folder))
+            settings["data"] = data.fingerprint()
             step = previous_step(folder, settings, config)
             _say_notes(data)
         stack.enter_context(quiet())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Batch', 'LOSSES', 'LOG_EVERY', 'Recipe', 'detection_losses', 'sampling_key', 'DetectorTraining', 'DetectorKeeper',
-           'synchronised', 'train_detector']
+           'train_detector']
 
 # %% ../../nbs/5_evaluation/14_detection_training.ipynb #2d8ae72d
 import math
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import Clock, all_finite
+from ..checkpoint import Clock, all_finite, save_due
 from ..distributed import Processes, Stop
 from ..errors import Diverged, InputError, Interrupted
 from .detection_data import PhotoBatches
@@ -145,9 +145,7 @@ class DetectorKeeper:
 
     def due(self, step: int) -> bool:
         "Whether this process finds it time to save."
-        train = self.t.processes.train
-        by_step = bool(train.save_every_n_steps) and step % train.save_every_n_steps == 0
-        return by_step or self.clock.here - self.saved_at >= 60 * train.save_every_minutes
+        return save_due(self.t.processes.train, step, self.clock.here - self.saved_at)
 
     def save(self, step: int):
         "Writes `last.ckpt` and `metrics.csv`. Raises `Diverged` if a weight is not finite."
@@ -173,19 +171,12 @@ class DetectorKeeper:
         )
 
 # %% ../../nbs/5_evaluation/14_detection_training.ipynb #acd62df0
-def synchronised(detector: FasterRCNN, processes: Processes) -> nn.Module:
-    "The detector, with BatchNorm over all GPUs where there are several."
-    if processes.world_size == 1 or processes.device.type == "cpu":
-        return detector
-    return nn.SyncBatchNorm.convert_sync_batchnorm(detector)
-
-
 def train_detector(t: DetectorTraining, resume: bool = False):
     """Trains the detector in place to the last step, from its last checkpoint on if `resume`.
 
     Raises `Diverged` if a loss is no longer finite, `Interrupted` after a signal, when all is saved."""
     recipe, processes, fabric = t.recipe, t.processes, t.processes.fabric
-    detector = synchronised(t.detector.to(processes.device), processes)
+    detector = processes.synchronised(t.detector.to(processes.device))
     optimizer = recipe.make_optimizer(detector)
     keeper = DetectorKeeper(t, optimizer)
     first_step = keeper.restore() if resume else 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'load_boxes', 'load_images', 'Evaluation', 'evaluation', 'make_options', 'can_write', 'check_place',
-           'keep_records', 'say_notes', 'evaluate']
+           'keep_records', 'evaluate']
 
 # %% ../../nbs/5_evaluation/16_tasks.ipynb #evaluaim
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import parser_error, unknown
-from ..data import DataConfig, ImageData
+from ..data import DataConfig, ImageData, say_notes
 from ..datasets import load_data
 from ..errors import InputError
 from .density import DensityConfig, density
@@ -131,14 +131,6 @@ def keep_records(run: Run, records: list[dict[str, Any]], out: Path | None):
                 f.write((json.dumps(read_records(out) + records, indent=1) + "\n").encode())
     except (OSError, InputError) as e:
         print(f"note: the records are not kept: {str(e).split(';')[0]}", file=sys.stderr)
-
-# %% ../../nbs/5_evaluation/16_tasks.ipynb #notesdat
-def say_notes(data: Any):
-    "Prints what was noticed about a data set, and which files were left out, on stderr."
-    for note in data.notes:
-        print(f"note: {data.name}: {note}", file=sys.stderr)
-    if skipped := getattr(data, "skipped", ()):
-        print(f"note: {data.name}: {len(skipped):,} files are left out; the first: {skipped[0]}", file=sys.stderr)
 
 # %% ../../nbs/5_evaluation/16_tasks.ipynb #3b294c63
 def evaluate(

@@ -280,6 +280,7 @@ class VOC:
         self.split = "test" if _has_list(folders[0], "test") else "val"  # the name of the split to test on
         whole = self.split == "test" and _has_list(folders[0], "trainval")
         self.repairs: Counter = Counter()  # what was mended, and how often
+        self.skipped: list[str] = []  # no file: each must be readable
         self.train: list[Photo] = []
         for folder in folders:
             self.train += _read_split(folder, "trainval" if whole else "train", self.repairs)
