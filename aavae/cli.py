@@ -339,14 +339,29 @@ def cmd_detect(argv: list[str]):
     cmd_transfer(["detect", *argv])
 
 # %% ../nbs/8_tools/08_cli.ipynb #5fe0659b
+def _cache(clear: bool):
+    "Prints what decoded pixels are kept in the cache folder, and removes them if asked."
+    from aavae.identity import clear_pixels, pixels_table
+
+    print(pixels_table())
+    if clear:
+        print(f"removed: {clear_pixels()} files")
+
+
 def cmd_data(argv: list[str]):
     "Checks a data set: reads every file, shows splits, balance, duplicates and the time of an epoch."
     from aavae.tools.doctor import check_data
 
     parser = new_parser("data", "Check the images of a configuration: every file is read.")
     add_preset(parser)
+    about = "show the decoded pixels that are kept, and check nothing; clear: remove them too"
+    parser.add_argument("--cache", type=Literal["true", "false", "clear"], default="false", help=about)
     config_parser(parser, base_config(argv))
-    config = read_config(parse(parser, argv), parser)
+    args = parse(parser, argv)
+    if args.cache != "false":
+        _cache(args.cache == "clear")
+        return
+    config = read_config(args, parser)
     report, unreadable = check_data(config)
     print(report)
     for line in unreadable:

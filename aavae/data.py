@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .identity import content_hash, quick_key
+from .identity import content_hash, quick_key, settled
 from .images import centres, decode, in_parallel
 from .rng import permutation
 
@@ -39,6 +39,7 @@ class DataConfig:
     depth: int | None = None
     on_error: Literal["raise", "skip"] = "raise"  # what to do at a file that is no readable image
     resident: Literal["auto", "true", "false"] = "auto"  # hold decoded images in memory; auto: a split of up to 4 GiB
+    cache: bool = True  # keep the pixels of decoded files in the user's cache folder, so that they are decoded once
     workers: int = 2  # processes that decode images that are not resident; at most one a core is used
 
     def __post_init__(self):
@@ -81,6 +82,14 @@ class Paths(Sequence):
         "All paths as the bytes that the system knows them by."
         return (os.path.join(self.folder, name) for name in self.names)
 
+    def quick_key(self, facts: bytes) -> str:
+        "A key that changes whenever a file may have changed, 64 hexadecimal digits."
+        return quick_key(list(self.encoded()), facts)
+
+    def settled(self) -> bool:
+        "Whether no file changed within the last seconds."
+        return settled(list(self.encoded()))
+
     def take(self, index: Tensor) -> "Paths":
         "The paths at `index`, in that order."
         return Paths(self.names[index.numpy()], os.fsdecode(self.folder))
@@ -112,6 +121,10 @@ class Split:
     def labelled(self) -> bool:
         "Whether there are images and all have a label."
         return len(self) > 0 and bool((self.labels >= 0).all())
+
+    def quick_key(self) -> str:
+        "A key of images in files that changes whenever they may have changed, 64 hexadecimal digits."
+        return self.paths.quick_key(_facts(self))
 
     def decode(self, i: int) -> Tensor:
         "Image `i` from its file, 8-bit `(3, s, s)`."
@@ -207,7 +220,7 @@ class ImageData:
         part = self.split(split)
         if part.images is not None:
             return self.fingerprint(split)
-        return quick_key(list(part.paths.encoded()), _facts(part))
+        return part.quick_key()
 
     def fingerprint(self, split: str = "train") -> str:
         "SHA-256 of what a split holds: pixels and labels if resident, else the bytes of its files and labels."

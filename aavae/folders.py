@@ -20,6 +20,7 @@ from torch import Tensor
 from .data import CIFAR10_STATS, DataConfig, ImageData, Split, held_out, place
 from .depth import find_depth
 from .errors import InputError
+from .identity import Pixels, keep_pixels, pixels_path, read_pixels
 from .images import is_image_name, is_litter, open_image, walk
 from .progress import progress
 
@@ -265,36 +266,70 @@ def _is_resident(files: Split, config: DataConfig) -> bool:
     return config.resident == "true" or (config.resident == "auto" and size <= RESIDENT_BYTES)
 
 
-def load_files(files: Split, data: ImageData, config: DataConfig, name: str) -> Split:
-    "A split whose images are files, decoded as `config` says. Raises `InputError` at the first that cannot be read."
-    resident, skip = _is_resident(files, config), config.on_error == "skip"
-    if not resident and not skip:
-        return files
+def _decode_all(files: Split, skip: bool, desc: str) -> Pixels:
+    "All images of a split. Raises `InputError` at the first that cannot be read, unless such are to be skipped."
     n, size = len(files), files.image_size
-    images = torch.empty((n, 3, size, size), dtype=torch.uint8) if resident else None
+    images = torch.zeros((n, 3, size, size), dtype=torch.uint8)
 
     def read(i: int) -> str | None:
         "What is wrong with image `i`."
         try:
-            image = files.decode(i)
+            images[i] = files.decode(i)
         except InputError as e:
             if not skip:
                 raise
             return str(e).split(";")[0]
-        if resident:
-            images[i] = image
         return None
 
     with ThreadPoolExecutor() as pool:
-        problems = list(progress(pool.map(read, range(n)), f"reading {data.name}/{name}", total=n))
-    files = replace(files, images=images)
-    return _readable(files, problems, data, name)
+        problems = list(progress(pool.map(read, range(n)), desc, total=n))
+    return Pixels(images.numpy(), {i: why for i, why in enumerate(problems) if why})
+
+
+def _kept_or_decoded(files: Split, skip: bool, name: str) -> Pixels:
+    "All images of a split that were kept, or else those that are decoded now, and kept for the next time."
+    key = files.quick_key()
+    path = pixels_path(key, files.image_size, files.resize)
+    kept = read_pixels(path)
+    if kept and (skip or not kept.problems):
+        return kept
+    settled = files.paths.settled()
+    found = _decode_all(files, skip, f"reading {name}")
+    found.about = f"{name}, {len(files):,} images of {files.image_size}x{files.image_size}"
+    if settled and files.quick_key() == key:
+        keep_pixels(path, found)
+    return found
+
+# %% ../nbs/1_images/08_folders.ipynb #folderf5
+def _problem(files: Split, i: int) -> str | None:
+    "What is wrong with image `i` of a split that stays on the disk."
+    try:
+        files.decode(i)
+    except InputError as e:
+        return str(e).split(";")[0]
+    return None
+
+
+def load_files(files: Split, data: ImageData, config: DataConfig, name: str) -> Split:
+    "A split whose images are files, decoded as `config` says. Raises `InputError` at the first that cannot be read."
+    skip, desc = config.on_error == "skip", f"{data.name}/{name}"
+    if _is_resident(files, config):
+        found = _kept_or_decoded(files, skip, desc) if config.cache else _decode_all(files, skip, f"reading {desc}")
+        images, problems = torch.from_numpy(found.images), found.problems
+        return _readable(replace(files, images=images), problems, data, name)
+    if not skip:
+        return files
+    with ThreadPoolExecutor() as pool:
+        problems = list(
+            progress(pool.map(partial(_problem, files), range(len(files))), f"reading {desc}", total=len(files))
+        )
+    return _readable(files, {i: why for i, why in enumerate(problems) if why}, data, name)
 
 # %% ../nbs/1_images/08_folders.ipynb #folderf3
-def _readable(split: Split, problems: list[str | None], data: ImageData, name: str) -> Split:
+def _readable(split: Split, problems: dict[int, str], data: ImageData, name: str) -> Split:
     "The images of a split without a problem; the problems are kept in `data`."
-    good = torch.tensor([i for i, problem in enumerate(problems) if problem is None], dtype=torch.int64)
-    data.skipped += [problem for problem in problems if problem]
+    good = torch.tensor([i for i in range(len(split)) if i not in problems], dtype=torch.int64)
+    data.skipped += problems.values()
     if not len(good):
         raise InputError(f"none of the {len(split)} images of {data.name}/{name} can be read; check the files")
     if len(good) == len(split):

@@ -343,7 +343,7 @@ def check_data(config: Config) -> tuple[str, list[str]]:
 
     Counts, class balance, sizes, duplicates, normalisation and the time of an epoch to expect. Raises `InputError` if
     the data set is not there, or nothing of it can be read."""
-    data = load_data(replace(config.data, on_error="skip"))
+    data = load_data(replace(config.data, on_error="skip", cache=False))
     rows = _splits(data)
     reported = "it has no split to evaluate on"
     if {"val", "test"} & set(data.splits):
