@@ -28,6 +28,7 @@ from aavae.config import (
     Config,
     check_values,
     config_parser,
+    instantiate,
     make_config,
     parser_error,
     preset,
@@ -194,7 +195,7 @@ def read_config(parsed, parser) -> Config:
     "The `Config` in parsed arguments."
     given = {section: vars(getattr(parsed, section)) for section in SECTIONS}
     check_values({f"{section}.{name}": v for section, values in given.items() for name, v in values.items()})
-    made = vars(parser.instantiate(parsed))
+    made = vars(instantiate(parser, parsed))
     return Config(**{section: made[section] for section in SECTIONS})
 
 # %% ../nbs/8_tools/08_cli.ipynb #fdc4a4d7

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'NAMES', 'TYPES', 'ALSO_CALLED', 'PLUS', 'PRESETS', 'TrainConfig', 'Config', 'unknown', 'config_parser',
-           'parser_error', 'check_values', 'make_config', 'read_yaml', 'shorter_warmup', 'preset', 'scaled_to_batch']
+           'instantiate', 'parser_error', 'check_values', 'make_config', 'read_yaml', 'shorter_warmup', 'preset',
+           'scaled_to_batch']
 
 # %% ../nbs/3_training/01_config.ipynb #configim
 import difflib
@@ -245,6 +246,12 @@ def config_parser(parser=None, defaults: Config | None = None):
     return parser
 
 
+def instantiate(parser, parsed) -> Any:
+    "The objects that parsed arguments describe; jsonargparse before 4.53 knows the method by its longer name."
+    method = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return method(parsed)
+
+
 def parser_error(message: str) -> InputError:
     "One line from the several of a parser's complaint about a value."
     if "Parser key" not in message:
@@ -292,7 +299,7 @@ def make_config(values: dict[str, Any], defaults: Config | None = None) -> Confi
         for name, value in values.items():
             if _is_text(name) and isinstance(value, str):
                 parsed[name] = value  # jsonargparse would read '#1' as nothing
-        made = vars(parser.instantiate(parsed))
+        made = vars(instantiate(parser, parsed))
     except ArgumentError as e:
         raise parser_error(str(e)) from e
     return Config(**{section: made[section] for section in SECTIONS})
