@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['Value', 'Place', 'LEAST_SPAN', 'MEASURES', 'BETA_PANELS', 'PARTS', 'OWN', 'DRAWN', 'NO_PANELS', 'COSINE_AXIS',
            'FIGURES', 'LOOK', 'FLAGS', 'gathered', 'over_views', 'Look', 'error_bars', 'curve_trace', 'panels_of',
-           'accuracy_range', 'finished', 'views_axis', 'accuracy_curves', 'value_bars', 'densities',
-           'density_and_accuracy', 'logscale_name', 'density_figure', 'beta_figure', 'parts', 'comparable',
-           'sensitivity_figure', 'Cosines', 'stored_cosines', 'similarity_figure', 'figure_of', 'study_figures',
-           'write_figure', 'chromium', 'picture']
+           'axis_range', 'finished', 'views_axis', 'accuracy_curves', 'value_bars', 'densities', 'density_and_accuracy',
+           'logscale_name', 'density_figure', 'beta_figure', 'parts', 'comparable', 'sensitivity_figure', 'Cosines',
+           'stored_cosines', 'similarity_figure', 'figure_of', 'study_figures', 'write_figure', 'chromium', 'picture']
 
 # %% ../../nbs/7_explore/02_figures.ipynb #93cb81ff
 import shutil
@@ -69,11 +68,11 @@ class Look:
         return cls(COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)], i % 8)
 
 
-def error_bars(values: list[Value]) -> dict[str, Any] | None:
-    "Bars of one standard deviation; None if no value has any."
-    if not any(deviation for _, deviation in values):
-        return None
-    return {"type": "data", "array": [deviation or 0 for _, deviation in values], "thickness": 1.2, "width": 4}
+def error_bars(values: list[Value], **look) -> dict[str, Any]:
+    "Bars of one standard deviation, which are not seen if no value has any."
+    deviations = [deviation or 0 for _, deviation in values]
+    bars = {"type": "data", "array": deviations, "visible": any(deviations), "thickness": 1.2, "width": 4}
+    return bars | look
 
 
 def curve_trace(curve: dict[Any, Value], look: Look, decimals: int = 2, **options) -> go.Scatter:
@@ -90,7 +89,7 @@ def curve_trace(curve: dict[Any, Value], look: Look, decimals: int = 2, **option
 
 # %% ../../nbs/7_explore/02_figures.ipynb #65349c35
 Place = dict[str, int]  # row and column of a panel
-LEAST_SPAN = 10  # percentage points that an axis of accuracies shows at the least
+LEAST_SPAN = 10  # percentage points that an axis of shares shows at the least
 
 
 def panels_of(titles: list[str], columns: int = 2, **options) -> tuple[go.Figure, list[Place]]:
@@ -105,13 +104,14 @@ def panels_of(titles: list[str], columns: int = 2, **options) -> tuple[go.Figure
     return fig, [{"row": i // columns + 1, "col": i % columns + 1} for i in range(len(titles))]
 
 
-def accuracy_range(values: list[Value]) -> list[float] | None:
-    "Limits of an axis in per cent that hold all values with their deviations, ten points apart at the least."
+def axis_range(values: list[Value], least: float = LEAST_SPAN) -> list[float] | None:
+    "Limits of an axis that hold all values with their deviations, `least` apart or more; None without values."
     if not values:
         return None
     low = min(middle - (deviation or 0) for middle, deviation in values)
     high = max(middle + (deviation or 0) for middle, deviation in values)
-    margin = max(0.08 * (high - low), (LEAST_SPAN - (high - low)) / 2)
+    span = high - low
+    margin = max(0.08 * span, (least - span) / 2) or 1.0
     return [low - margin, high + margin]
 
 
@@ -146,7 +146,7 @@ def accuracy_curves(found: list[Point], measures: tuple[str, ...] = MEASURES) ->
         for level, _ in over_views(values, "untrained", measure).values():
             _level_line(fig, level, place)
         views_axis(fig, place)
-    fig.update_yaxes(range=accuracy_range([*values.values()]))
+    fig.update_yaxes(range=axis_range([*values.values()]))
     fig.update_yaxes(title_text="top-1 accuracy (%)", col=1)
     return finished(fig, 420)
 
@@ -287,7 +287,7 @@ def density_figure(found: list[Point], proposal: str = "clean") -> go.Figure:
     views_axis(fig, left)
     _density_axes(fig, [p["value"] for p in density], left, right)
     accuracies = [(accuracy, None) for _, accuracy in everything]
-    fig.update_yaxes(title_text="linear probe (%)", range=accuracy_range(accuracies), **right)
+    fig.update_yaxes(title_text="linear probe (%)", range=axis_range(accuracies), **right)
     return finished(fig, 420)
 
 
@@ -325,7 +325,7 @@ def beta_figure(found: list[Point]) -> go.Figure:
         fig.update_yaxes(title_text=unit, rangemode="tozero", **place)
         if names == MEASURES:
             accuracies = [value for (name, _), value in values.items() if name in names]
-            fig.update_yaxes(range=accuracy_range(accuracies), **place)
+            fig.update_yaxes(range=axis_range(accuracies), **place)
     return finished(fig, 380)
 
 
@@ -407,7 +407,7 @@ def sensitivity_figure(found: list[Point], measure: str = "linear") -> go.Figure
         else:
             fig.update_xaxes(title_text=name, type="category", **place)
     drawn = [p for name in names for mine in panels[name].values() for p in mine]
-    fig.update_yaxes(range=accuracy_range([*gathered(drawn).values()]))
+    fig.update_yaxes(range=axis_range([*gathered(drawn).values()]))
     fig.update_yaxes(title_text=f"{measure} (%)", col=1)
     return finished(fig, 720 if len(names) > 2 else 380)
 

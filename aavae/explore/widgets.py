@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 import plotly.graph_objects as go
 import torch
@@ -228,32 +229,23 @@ class Explorer:
         return self.controls[name].value
 
 # %% ../../nbs/7_explore/04_widgets.ipynb #cde9981f
+def _labelled(text: str, help: str) -> dict[str, Any]:
+    "The look of a control with a label, 300 pixels or wider. `help` is shown by the mouse."
+    style = {"description_width": "96px"}
+    layout = W.Layout(width="auto", min_width="300px")
+    return {"description": text, "tooltip": help or text, "style": style, "layout": layout}
+
+
 def slider(kind, text: str, value, low, high, step=None, help: str = "", **options):
-    "An ipywidgets slider of `kind`, labelled, 300 pixels or wider."
-    steps = {} if step is None else {"step": step}
-    return kind(
-        value=value,
-        min=low,
-        max=high,
-        description=text,
-        tooltip=help or text,
-        **steps,
-        style={"description_width": "96px"},
-        layout=W.Layout(width="auto", min_width="300px"),
-        **options,
-    )
+    "An ipywidgets slider of `kind`."
+    if step is not None:
+        options["step"] = step
+    return kind(value=value, min=low, max=high, **_labelled(text, help), **options)
 
 
 def choice(text: str, values, value=None, help: str = ""):
     "A menu of `values`, or of (label, value) pairs."
-    return W.Dropdown(
-        options=values,
-        value=value,
-        description=text,
-        tooltip=help or text,
-        style={"description_width": "96px"},
-        layout=W.Layout(width="auto", min_width="300px"),
-    )
+    return W.Dropdown(options=values, value=value, **_labelled(text, help))
 
 
 class Fit(anywidget.AnyWidget):
@@ -412,12 +404,8 @@ class RunExplorer(Explorer):
             self.runs = open_runs(self.wanted)
             titles = [f"<b>{escape(name)}</b> {escape(self.about(run))}" for name, run in self.runs.items()]
             self.title.value = "<br>".join(titles)
-            self.quiet = True
-            try:
+            with self.together():
                 self.content.children = self.build()
-            finally:
-                self.quiet = False
-            self.update()
 
     def missing(self) -> str | None:
         "The folder of the only run that is wanted, if it is not there."

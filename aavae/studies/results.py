@@ -8,6 +8,7 @@ __all__ = ['Point', 'DETECTION', 'POSTERIOR', 'UNSHOWN', 'BUDGET', 'run_points',
 
 # %% ../../nbs/6_studies/03_results.ipynb #studieim
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -166,9 +167,13 @@ def study_table(found: list[Point]) -> list[dict[str, str]]:
 BUDGET = ("trained on", "encoder", "views seen", "seeds")  # columns that are no measurements
 
 
-def folded(rows: list[dict[str, str]], columns: tuple[str, ...] = BUDGET) -> tuple[str, list[dict[str, str]]]:
-    "What the rows agree on in those `columns`, as text, and the rows without it."
-    values = {c: {row[c] for row in rows if c in row} for c in columns}
-    shared = {c: v.pop() for c, v in values.items() if len(v) == 1}
+def folded(rows: list[dict[str, str]], columns: Sequence[str] = BUDGET) -> tuple[str, list[dict[str, str]]]:
+    "What the rows agree on in those `columns`, as text, and the rows without it. A row with nothing there agrees."
+    shared = {}
+    for c in columns:
+        values = {row[c] for row in rows if row.get(c)}
+        if len(values) < 2:
+            shared[c] = "".join(values)
+    said = ", ".join(f"{c} {text}" for c, text in shared.items() if text)
     rest = [{c: text for c, text in row.items() if c not in shared} for row in rows]
-    return ", ".join(f"{c} {text}" for c, text in shared.items()), rest
+    return said, rest
