@@ -237,7 +237,7 @@ TRANSFER = ("classify", "detect")  # on other images
 def _data_fields(task: str) -> list[str]:
     "The `data.` fields that a task takes; the size of the images is the run's, or an option."
     if task == "detect":
-        return ["root", "workers"]
+        return ["root", "depth", "workers"]
     return [f.name for f in fields(DataConfig) if f.name != "image_size"]
 
 

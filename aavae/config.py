@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'NAMES', 'TYPES', 'ALSO_CALLED', 'PLUS', 'PRESETS', 'TrainConfig', 'Config', 'unknown', 'config_parser',
-           'instantiate', 'parser_error', 'check_values', 'make_config', 'read_yaml', 'shorter_warmup', 'preset',
-           'scaled_to_batch']
+           'instantiate', 'parser_error', 'check_values', 'make_config', 'read_yaml', 'warmup_note', 'shorter_warmup',
+           'preset', 'scaled_to_batch']
 
 # %% ../nbs/3_training/01_config.ipynb #configim
 import difflib
@@ -361,6 +361,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return flat
 
 # %% ../nbs/3_training/01_config.ipynb #confwar1
+def warmup_note(warmup_steps: int, total: int, remedy: str) -> str:
+    "What to say of a run of `total` steps of which the warm-up takes more than a tenth; empty if it does not."
+    if warmup_steps <= max(total / 10, 1):
+        return ""
+    if warmup_steps < total:
+        return f"the warm-up of {warmup_steps:,} steps is {warmup_steps / total:.0%} of {total:,} steps; use {remedy}"
+    return (
+        f"the warm-up of {warmup_steps:,} steps does not end within {total:,} steps, so the learning rate ends at "
+        f"{total / warmup_steps:.0%} of the full one and little is learnt; use {remedy}"
+    )
+
+
 def shorter_warmup(config: Config, given: Collection[str]) -> tuple[Config, str]:
     """`config` with a warm-up of at most a tenth of its epochs, and a note that says so; empty if nothing changes.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .data import IMAGENET_STATS, DataConfig, ImageData, Paths, Split, held_out, place
+from .depth import find_depth
 from .errors import InputError
 from .folders import load_files
 from .images import is_image_name, is_litter
@@ -83,12 +84,16 @@ def load_imagenet(config: DataConfig) -> ImageData:
     _check_classes(found["train"], found["val"], root / "val")
     classes = [c for c, names in found["train"].items() if names]
     train, test = (
-        Split(labels, None, paths, size, resize=8 * size // 7, depth=config.depth)
+        Split(labels, None, paths, size, resize=8 * size // 7)
         for paths, labels in (_class_split(root / split, files, classes) for split, files in found.items())
     )
+    depth, depth_note = find_depth(train.paths, config.depth)
+    train, test = replace(train, depth=depth), replace(test, depth=depth)
     name, label = _named(classes, len(train), len(test))
     data = ImageData(name, classes, {}, size, *IMAGENET_STATS)
-    data.label = label
+    data.label, data.depth_note = label, depth_note
+    if depth_note:
+        data.notes.append(depth_note)
     if empty := [c for c, names in found["train"].items() if not names]:
         data.notes.append(f"{root / 'train'} has class folders without images: {', '.join(empty)}")
     val_size = min(5000, len(train) // 10) if config.val_size is None else config.val_size

@@ -22,7 +22,7 @@ import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, TorchElasticEnvironment
 
 from .checkpoint import EMA, Clock, Keeper, clear, is_resume, note_changes, read_checkpoint, save_due
-from .config import Config, make_config
+from .config import Config, make_config, warmup_note
 from .data import ImageData, say_notes
 from .datasets import load_data
 from .distributed import Processes, Stop, cluster, launch, requeue, run_process, stop_signals
@@ -59,11 +59,15 @@ class Training:
         "How many steps are done already."
         return 0 if self.checkpoint is None else self.checkpoint["step"]
 
+    @property
+    def warmup_steps(self) -> int:
+        "The steps in which the learning rate rises."
+        return self.run.config.train.warmup_epochs * self.batches.steps_per_epoch
+
     def lr(self, step: int) -> float:
         "The learning rate of step number `step`, counted from 0."
         train = self.run.config.train
-        warmup_steps = train.warmup_epochs * self.batches.steps_per_epoch
-        return train.lr * lr_factor(step, warmup_steps, self.total, train.schedule)
+        return train.lr * lr_factor(step, self.warmup_steps, self.total, train.schedule)
 
 # %% ../nbs/3_training/13_train.ipynb #b87fe3ac
 def steps_of(loader: StepLoader, accumulate: int):
@@ -156,6 +160,8 @@ def leave(t: Training, signum: int, step: int):
         requeue()
     if signum:
         raise Interrupted(signum, where)
+    if step < t.warmup_steps:
+        where += f". The warm-up of {t.warmup_steps:,} steps is not over, so little is learnt yet"
     raise TimeUp(where)
 
 
@@ -247,20 +253,11 @@ class Bar:
             self.bar.close()
 
 # %% ../nbs/3_training/13_train.ipynb #cf786f31
-def note_warmup(config: Config, total: int, steps_per_epoch: int):
-    "Says on stderr if the warm-up takes more than a tenth of the run, in which case little is learnt."
-    warmup_steps = config.train.warmup_epochs * steps_per_epoch
-    if warmup_steps <= max(total / 10, 1):
-        return
-    length = f"takes {warmup_steps / total:.0%} of the run"
-    if warmup_steps >= total:
-        reached = (total - 1) / warmup_steps
-        length = f"is longer than the run, whose learning rate ends at {reached:.0%} of {config.train.lr:g}"
-    shorter = total // steps_per_epoch // 10
-    print(
-        f"note: the warm-up of {config.train.warmup_epochs} epochs {length}; use --train.warmup_epochs {shorter}",
-        file=sys.stderr,
-    )
+def note_warmup(t: Training):
+    "Says on stderr if the warm-up takes more than a tenth of the run."
+    shorter = t.total // t.batches.steps_per_epoch // 10
+    if note := warmup_note(t.warmup_steps, t.total, f"--train.warmup_epochs {shorter}"):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def prepare_folder(run: Run, data: ImageData, overwrite: bool):
@@ -289,7 +286,7 @@ def prepare(t: Training, resume: bool, overwrite: bool, lock: ExitStack) -> bool
     elif resume:
         print(f"{run.path}: nothing was saved yet, so training starts at step 0", file=sys.stderr)
     say_notes(t.data)
-    note_warmup(config, t.total, t.batches.steps_per_epoch)
+    note_warmup(t)
     check_memory(config, t.data.image_size, t.processes.device)
     lock.enter_context(writing(run.path))
     prepare_folder(run, t.data, overwrite)

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..config import TrainConfig
-from ..data import IMAGENET_STATS, say_notes
+from ..config import TrainConfig, warmup_note
+from ..data import IMAGENET_STATS, DataConfig, say_notes
 from ..distributed import Processes, cluster, launch, run_process, stop_signals
 from ..encoder import Encoder
 from ..errors import InputError
@@ -133,6 +133,8 @@ def previous_step(folder: Path, settings: dict[str, Any], config: DetectConfig) 
     "The step to go on from. Raises `InputError` where the folder and the wish do not fit."
     path = folder / "last.ckpt"
     if not path.exists():
+        if config.resume:
+            print(f"{folder}: nothing was saved yet, so training starts at step 0", file=sys.stderr)
         return 0
     if config.overwrite:
         for name in ("last.ckpt", "metrics.csv", "predictions.json", "predictions.png"):
@@ -150,6 +152,9 @@ def previous_step(folder: Path, settings: dict[str, Any], config: DetectConfig) 
         if stored.get(name) != value:
             what = DIFFERENCES.get(name, f"--{name} is {value} here and {stored.get(name)} there")
             raise InputError(f"{folder} cannot be continued: {what}; repeat it with --overwrite true")
+    steps = settings["max_steps"]
+    done = "finished, so it is measured again" if saved["step"] >= steps else f"resumed at step {saved['step']}"
+    print(f"{folder}: {done}, of {steps}", file=sys.stderr)
     return saved["step"]
 
 # %% ../../nbs/5_evaluation/15_detection.ipynb #d84d8ddd
@@ -160,8 +165,10 @@ def _write_predictions(folder: Path, predictions: list[Boxes], data: VOC):
         draw_predictions(predictions[:6], data.test[:6], data.classes).save(f, "png")
 
 
-def _say_notes(data: VOC):
+def _say_notes(data: VOC, recipe: Recipe):
     say_notes(data)
+    if note := warmup_note(recipe.warmup_steps, recipe.max_steps, f"--warmup_steps {recipe.max_steps // 10}"):
+        print(f"note: {note}", file=sys.stderr)
     if not find_spec("faster_coco_eval"):
         print("note: no COCO-style figure; pip install 'aavae[detect]' for it", file=sys.stderr)
 
@@ -220,20 +227,21 @@ def _train_and_predict(t: DetectorTraining, step: int) -> list[Boxes]:
 
 
 def detect(
-    subject: Subject, root: str | Path, config: DetectConfig | None = None, workers: int = 2, show_progress: bool = True
+    subject: Subject, images: DataConfig, config: DetectConfig | None = None, show_progress: bool = True
 ) -> list[dict[str, Any]]:
-    """Trains Faster R-CNN on the Pascal VOC folder `root` from an encoder on, and measures it on the test images.
+    """Faster R-CNN on images with boxes, from an encoder on: records of its average precision (Appendix A.3).
 
-    Returns the records of the average precision; none in the other processes where there are several. With
-    `config.devices` above 1 it starts that many, unless torchrun or SLURM has done so. Raises `InputError` for what
-    the user can mend, `Diverged` if the loss is not finite, and `Interrupted` after a signal, when all is saved."""
+    `images.root` is a folder in Pascal VOC's format. Where there are several processes, the main one returns the
+    records. With `config.devices` above 1 it starts that many, unless torchrun or SLURM has done so.
+    Raises `InputError` for what the user can mend, `Diverged` if the loss is not finite, and `Interrupted` after a
+    signal, when all is saved."""
     config, started = config or DetectConfig(), time.time()
     train = config.train(subject.run.here)
     environment = cluster(train)
     if config.devices > 1 and environment is None:
-        return _launch(subject, root, config, workers)
+        return _launch(subject, images, config)
     start = make_start(subject, config.weights)
-    data = VOC(root)
+    data = VOC(images.root, images.depth)
     recipe = config.recipe(len(data.train))
     settings = asdict(recipe) | {"encoder": tensors_hash(start.encoder.state_dict())}
     folder = subject.run.path / "detect" / "-".join(filter(None, [data.name, start.suffix]))
@@ -244,13 +252,13 @@ def detect(
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals(speak=processes.is_main))
         what = (detector, data, recipe, folder, settings)
-        t = DetectorTraining(*what, processes, stop, train.bf16, workers, show_progress)
+        t = DetectorTraining(*what, processes, stop, train.bf16, images.workers, show_progress)
         step = 0
         if processes.is_main:
             stack.enter_context(writing(folder))
             settings["data"] = data.fingerprint()
             step = previous_step(folder, settings, config)
-            _say_notes(data)
+            _say_notes(data, recipe)
         stack.enter_context(quiet())
         stack.enter_context(processes.connected())
         predictions = _train_and_predict(t, processes.broadcast(step))
@@ -263,22 +271,22 @@ def detect(
         return _records(subject, t, start, predictions, started)
 
 # %% ../../nbs/5_evaluation/15_detection.ipynb #0a60e572
-def _launch(subject: Subject, root: str | Path, config: DetectConfig, workers: int) -> list[dict[str, Any]]:
+def _launch(subject: Subject, images: DataConfig, config: DetectConfig) -> list[dict[str, Any]]:
     "`detect` in several processes, of which the main one leaves its records in a file."
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "records.json"
         which = {"path": str(subject.run.path), "epoch": subject.epoch, "untrained": subject.untrained}
         code = "from aavae.evaluation.detection import detect_process; detect_process()"
-        launch(config.devices, code, which, str(root), asdict(config), workers, str(out))
+        launch(config.devices, code, which, asdict(images), asdict(config), str(out))
         return json.loads(out.read_text())
 
 
 def detect_process():
     "What a process does that `detect` has started."
 
-    def work(which, root, options, workers, out):
+    def work(which, images, options, out):
         subject = Subject(Run.load(which["path"]), which["epoch"], which["untrained"])
-        records = detect(subject, root, DetectConfig(**options), workers)
+        records = detect(subject, DataConfig(**images), DetectConfig(**options))
         if records:
             Path(out).write_text(json.dumps(records))
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .average_precision import Boxes
 from .voc import VOC, Photo, not_an_image
 from ..images import open_image, pixels, to_rgb
@@ -28,7 +29,9 @@ def load_photo(photo: Photo, side: int, longest: int, flip: bool = False) -> tup
     cannot be decoded."""
     try:
         with open_image(photo.path) as file:
-            image = to_rgb(file)
+            image = to_rgb(file, photo.depth)
+    except InputError as e:  # it is read, but white is not known
+        raise InputError(f"{photo.path} {e}") from e
     except MemoryError:
         raise
     except Exception as e:
@@ -177,7 +180,7 @@ def _label(draw: ImageDraw.ImageDraw, box: list[float], text: str, size: tuple[i
 def _tile(photo: Photo, found: dict[str, Tensor], classes: list[str], threshold: float, width: int) -> Image.Image:
     "An image with its boxes, the most probable prediction on top."
     with open_image(photo.path) as file:
-        image = to_rgb(file)
+        image = to_rgb(file, photo.depth)
     scale = width / image.width
     tile = image.resize((width, max(1, round(image.height * scale))))
     draw = ImageDraw.Draw(tile)

@@ -40,11 +40,6 @@ def load_boxes(subject: Subject, data: DataConfig | None, config: Any) -> DataCo
         )
     return data
 
-
-def _detect(subject: Subject, data: DataConfig, config: DetectConfig) -> list[dict[str, Any]]:
-    "Faster R-CNN on images with boxes, from an encoder on: records of its average precision (Appendix A.3)."
-    return detect(subject, data.root, config, data.workers)
-
 # %% ../../nbs/5_evaluation/16_tasks.ipynb #tasktabl
 def load_images(subject: Subject, data: DataConfig | None, config: Any = None) -> ImageData:
     "The run's own images, or those of `data` at the size of the run's own."
@@ -68,7 +63,7 @@ TASKS = {
     "semi": Evaluation(semi, SemiConfig),
     "density": Evaluation(density, DensityConfig),
     "classify": Evaluation(classify, ClassifyConfig, load_photographs),
-    "detect": Evaluation(_detect, DetectConfig, load_boxes),
+    "detect": Evaluation(detect, DetectConfig, load_boxes),
     "posterior": Evaluation(posterior, PosteriorConfig),
     "similarity": Evaluation(similarity, SimilarityConfig),
 }

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..depth import find_depth
 from ..errors import InputError
 from ..images import SUFFIXES, in_parallel, open_image, unreadable
 from ..progress import progress
@@ -33,6 +34,7 @@ class Photo:
     boxes: Tensor  # (n, 4), x1, y1, x2, y2 in pixels from 0, the last exclusive
     names: list[str]  # the class of each box
     difficult: Tensor  # (n,) whether a box is marked as difficult
+    depth: int | None = None  # bits in use in a file of more than 8
 
 
 def not_an_image(path: Path, error: Exception) -> InputError:
@@ -273,7 +275,7 @@ def _content(path: Path) -> bytes:
 class VOC:
     "A detection data set in VOC's format. Raises `InputError` at what cannot be used."
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, depth: int | None = None):
         self.root = Path(root)
         self.name, folders = _find(self.root)
         self.label = LABELS.get(self.name, self.name)
@@ -288,6 +290,9 @@ class VOC:
         self.classes = sorted({name for p in self.train for name in p.names})
         self.number = {name: i for i, name in enumerate(self.classes, 1)}  # 0 is the background
         self._check()
+        self.depth, self.depth_note = find_depth([p.path for p in self.train], depth)
+        for photo in [*self.train, *self.test]:
+            photo.depth = self.depth
         self._fingerprint: str | None = None
 
     def _check(self):
@@ -310,8 +315,9 @@ class VOC:
 
     @property
     def notes(self) -> list[str]:
-        "The repairs in words."
-        return [f"{n} {what}" for what, n in sorted(self.repairs.items())]
+        "The repairs in words, and how images of more than 8 bits are read."
+        repairs = [f"{n} {what}" for what, n in sorted(self.repairs.items())]
+        return repairs + ([self.depth_note] if self.depth_note else [])
 
     def target(self, photo: Photo) -> dict[str, Tensor]:
         "Boxes, labels from 1, and difficult marks."
@@ -323,6 +329,8 @@ class VOC:
         if self._fingerprint is None:
             photos = [*self.train, *self.test]
             h = hashlib.sha256(repr(self.classes).encode())
+            if self.depth is not None:
+                h.update(b"depth %d;" % self.depth)
             for part in progress([photos[i : i + 64] for i in range(0, len(photos), 64)], f"hashing {self.name}"):
                 for photo, content in zip(part, in_parallel(_content, [p.path for p in part]), strict=True):
                     h.update(content)
