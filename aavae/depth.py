@@ -6,6 +6,7 @@
 __all__ = ['NATIVE', 'is_deep', 'pixel_values', 'declared_depths', 'fitting_depth', 'to_8_bits', 'find_depth']
 
 # %% ../nbs/1_images/04_depth.ipynb #depthim1
+import io
 import os
 import re
 import sys
@@ -21,7 +22,8 @@ from .errors import InputError
 # %% ../nbs/1_images/04_depth.ipynb #depthra2
 def _raw_mode(image: Image.Image) -> str:
     "How the pixels of an opened image lie in its file, in Pillow's words; empty once it is decoded."
-    args = image.tile[0].args if image.tile else ""
+    tiles = getattr(image, "tile", None)
+    args = tiles[0].args if tiles else ""
     if isinstance(args, tuple) and args:
         args = args[0]
     return args if isinstance(args, str) else ""
@@ -45,9 +47,18 @@ def _other_order(raw_mode: str) -> str:
     return raw_mode[:-1] + {"B": "L", "L": "B"}[order]
 
 
-def _unpacked(path: str, raw_mode: str, mode: str) -> np.ndarray:
+def _content(image: Image.Image) -> bytes:
+    "The bytes of the file of an opened image, not decoded yet."
+    position = image.fp.tell()
+    image.fp.seek(0)
+    content = image.fp.read()
+    image.fp.seek(position)
+    return content
+
+
+def _unpacked(content: bytes, raw_mode: str, mode: str) -> np.ndarray:
     "The pixels of a file `(h, w, channels)`, taken for pixels that lie there in `raw_mode`."
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(content)) as image:
         tiles = []
         for tile in image.tile:
             args = raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:])
@@ -61,13 +72,13 @@ def pixel_values(image: Image.Image) -> np.ndarray:
     "The numbers in the pixels of an opened deep image, `(h, w)` or `(h, w, channels)`."
     if _is_deep_grey(image):
         return np.asarray(image)
-    path, raw_mode = image.filename, _raw_mode(image)
+    content, raw_mode = _content(image), _raw_mode(image)
     if raw_mode.startswith("LA"):  # Pillow has no other byte order for these
-        quads = _unpacked(path, "RGBA", "RGBA")  # high and low byte of grey, then of alpha
+        quads = _unpacked(content, "RGBA", "RGBA")  # high and low byte of grey, then of alpha
         return quads[..., 0::2] * 256 + quads[..., 1::2]
     raw_mode = raw_mode.replace("RGBa", "RGBA")  # else Pillow would divide the bytes by alpha
-    high = _unpacked(path, raw_mode, image.mode)
-    low = _unpacked(path, _other_order(raw_mode), image.mode)
+    high = _unpacked(content, raw_mode, image.mode)
+    low = _unpacked(content, _other_order(raw_mode), image.mode)
     return high * 256 + low
 
 
@@ -77,18 +88,18 @@ def _without_alpha(values: np.ndarray) -> np.ndarray:
     return values[..., :-1] if has_alpha else values
 
 # %% ../nbs/1_images/04_depth.ipynb #depthde2
-def _significant_bits(path: str) -> int | None:
+def _significant_bits(content: bytes) -> int | None:
     "The number in the chunk `sBIT` of a PNG file, if it has one."
-    with open(path, "rb") as f:
-        f.seek(8)
-        while len(head := f.read(8)) == 8:
-            size, kind = int.from_bytes(head[:4], "big"), head[4:]
-            if kind == b"sBIT":
-                light = f.read(size)[: size - 1 if size in (2, 4) else size]  # the last of 2 or 4 is alpha
-                return max(light, default=None)
-            if kind == b"IDAT":
-                break
-            f.seek(size + 4, 1)
+    f = io.BytesIO(content)
+    f.seek(8)
+    while len(head := f.read(8)) == 8:
+        size, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind == b"sBIT":
+            light = f.read(size)[: size - 1 if size in (2, 4) else size]  # the last of 2 or 4 is alpha
+            return max(light, default=None)
+        if kind == b"IDAT":
+            break
+        f.seek(size + 4, 1)
     return None
 
 
@@ -114,7 +125,7 @@ def declared_depths(image: Image.Image) -> tuple[int, ...]:
         depth = _tiff_depth(image)
         return (depth,) if depth else ()
     if image.format == "PNG":
-        depth = _significant_bits(image.filename)
+        depth = _significant_bits(_content(image))
         return (depth, 16) if depth else ()
     return ()
 
@@ -226,11 +237,11 @@ def _look(paths: Sequence[Path], n: int) -> _Found:
     found = _Found(0, 0, set(), set(), "")
     step = max(1, len(paths) // n)
     for i in range(0, len(paths), step):
-        path = Path(paths[i])
+        path = Path(paths[i]) if isinstance(paths[i], str) else paths[i]
         try:
             if not path.is_file():
                 continue
-            with Image.open(path) as image:
+            with path.open("rb") as f, Image.open(f) as image:
                 if not is_deep(image):
                     continue
                 found.declared.add(declared_depths(image))

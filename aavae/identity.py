@@ -27,7 +27,7 @@ from PIL import __version__ as pillow_version
 from PIL import features
 
 from .depth import to_8_bits
-from .images import cores, decode
+from .images import Part, cores, decode
 from .progress import progress
 
 # %% ../nbs/1_images/06_identity.ipynb #idencac1
@@ -70,32 +70,39 @@ def keep_file(path: Path, write: Callable[[BinaryIO], object]) -> bool:
     return True
 
 # %% ../nbs/1_images/06_identity.ipynb #idencon2
-def _file_hash(path: bytes | str | Path) -> bytes:
+def _file_hash(path: bytes | str | Path | Part) -> bytes:
     "SHA-256 of the bytes of a file; of no byte if it cannot be read."
     try:
+        if isinstance(path, Part):
+            return hashlib.sha256(path.read()).digest()
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").digest()
     except OSError:
         return hashlib.sha256().digest()
 
 
-def _file_hashes(paths: Sequence[bytes | str | Path]) -> Iterator[bytes]:
+def _file_hashes(paths: Sequence[bytes | str | Path | Part]) -> Iterator[bytes]:
     "The hashes of all files in their order, computed in threads, a thousand at a time."
     with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(paths), 1000):
             yield from pool.map(_file_hash, paths[start : start + 1000])
 
 
-def _hash_files(paths: Sequence[bytes | str | Path], facts: bytes, desc: str) -> str:
+def _hash_files(paths: Sequence[bytes | str | Path | Part], facts: bytes, desc: str) -> str:
     total = hashlib.sha256(facts)
     for digest in progress(_file_hashes(paths), desc, total=len(paths), unit="file"):
         total.update(digest)
     return total.hexdigest()
 
 # %% ../nbs/1_images/06_identity.ipynb #idencon3
-def content_hash(paths: Sequence[bytes | str | Path], facts: bytes = b"", desc: str = "hashing the images") -> str:
+def content_hash(
+    paths: Sequence[bytes | str | Path | Part],
+    facts: bytes = b"",
+    desc: str = "hashing the images",
+    key: str | None = None,
+) -> str:
     "SHA-256 of `facts` and of the bytes of all files, 64 hexadecimal digits; computed once for each quick key."
-    kept = cache_folder() / "fingerprints" / quick_key(paths, facts)
+    kept = cache_folder() / "fingerprints" / (key or quick_key(paths, facts))
     try:
         if len(known := kept.read_text("ascii")) == 64:
             return known

@@ -57,7 +57,7 @@ def load_photographs(subject: Subject, data: DataConfig | None, config: Classify
     if data is None:
         raise InputError("the transfer needs other images; name them by --data.name folder --data.root DIR")
     size = config.image_size or subject.run.facts["image_size"]
-    if data.name == "folder" and size > 64:
+    if data.name in ("folder", "parquet", "hf", "webdataset") and size > 64:
         data = replace(data, resident="false")  # decoded when they are needed, as they are cut from the whole
     return whole_photographs(load_data(replace(data, image_size=size)))
 
