@@ -7,10 +7,46 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+
+
+def flags(**fields) -> list[str]:
+    "Fields as flags of the command line: flags(train__lr=1) is ['--train.lr', '1']."
+    words = []
+    for name, value in fields.items():
+        words += [f"--{name.replace('__', '.')}", str(value)]
+    return words
+
+
+SMALL_NETWORKS = dict(model__encoder="resnet18", model__decoder="resnet18", model__width=0.125)
+
+
+@contextmanager
+def watched(page):
+    "Two lists that grow while a page is used: its errors, and the addresses it asks for."
+    errors, addresses = [], []
+
+    def console(message):
+        icon = "favicon" in (message.location or {}).get("url", "")
+        if message.type == "error" and not icon:
+            errors.append(message.text)
+
+    listeners = {
+        "console": console,
+        "pageerror": lambda e: errors.append(str(e)),
+        "request": lambda r: addresses.append(r.url),
+    }
+    for event, listen in listeners.items():
+        page.on(event, listen)
+    try:
+        yield errors, addresses
+    finally:
+        for event, listen in listeners.items():
+            page.remove_listener(event, listen)
 
 
 def pytest_configure(config):

@@ -7,6 +7,7 @@ import socket
 
 import pytest
 import torch
+from conftest import flags
 
 from aavae.augment import draw_views, random_views
 from aavae.config import preset
@@ -136,34 +137,18 @@ def test_fast_path_follows_float32(device, cifar, tmp_path, capfd):
 def test_exact_resume(device, quick_aavae, tmp_path):
     """A run on the GPU that is stopped and resumed ends with the weights and the Adam state of one that was not.
     (Without max-pool: its gradient on a GPU is a sum in no fixed order.)"""
-    flags = [
-        "--preset",
-        "digits",
-        "--train.max_epochs",
-        "4",
-        "--train.knn_every_n_epochs",
-        "0",
-        "--train.accelerator",
-        device.type,
-        "--model.maxpool",
-        "false",
-    ]
-    assert quick_aavae("pretrain", *flags, "--out", tmp_path / "whole").returncode == 0
-    assert (
-        quick_aavae(
-            "pretrain",
-            *flags[:2],
-            "--train.max_epochs",
-            "4",
-            "--train.max_steps",
-            "33",
-            *flags[4:],
-            "--out",
-            tmp_path / "parts",
-        ).returncode
-        == 0
+    digits = flags(
+        preset="digits",
+        train__max_epochs=4,
+        train__knn_every_n_epochs=0,
+        train__accelerator=device.type,
+        model__maxpool="false",
     )
-    done = quick_aavae("pretrain", *flags, "--out", tmp_path / "parts", "--resume", "true", "--train.max_steps", "null")
+    assert quick_aavae("pretrain", *digits, "--out", tmp_path / "whole").returncode == 0
+    parts = quick_aavae("pretrain", *digits, *flags(train__max_steps=33), "--out", tmp_path / "parts")
+    assert parts.returncode == 0, parts.stderr
+    rest = flags(train__max_steps="null", resume="true")
+    done = quick_aavae("pretrain", *digits, *rest, "--out", tmp_path / "parts")
     assert done.returncode == 0, done.stderr
     a, b = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "parts"))
     assert a["step"] == b["step"] and all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
@@ -191,29 +176,19 @@ def test_memory(device, photos):
 
 
 def test_run_and_evaluate(device, quick_aavae, cifar, tmp_path):
-    flags = [
-        "--preset",
-        "cifar10",
-        "--data.name",
-        "folder",
-        "--data.root",
-        cifar,
-        "--data.val_size",
-        "40",
-        "--model.encoder",
-        "resnet18",
-        "--model.decoder",
-        "resnet18",
-        "--model.width",
-        "0.25",
-        "--train.batch_size",
-        "64",
-        "--train.max_epochs",
-        "2",
-        "--train.accelerator",
-        device.type,
-    ]
-    done = quick_aavae("pretrain", *flags, "--out", tmp_path / "run", timeout=400)
+    small = flags(
+        preset="cifar10",
+        data__name="folder",
+        data__root=cifar,
+        data__val_size=40,
+        model__encoder="resnet18",
+        model__decoder="resnet18",
+        model__width=0.25,
+        train__batch_size=64,
+        train__max_epochs=2,
+        train__accelerator=device.type,
+    )
+    done = quick_aavae("pretrain", *small, "--out", tmp_path / "run", timeout=400)
     assert done.returncode == 0, done.stderr
     for task in ("knn", "linear"):
         assert quick_aavae("evaluate", task, tmp_path / "run", timeout=400).returncode == 0

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL_NETWORKS, flags
 from PIL import Image
 from test_resume import assert_same_run, same
 
@@ -14,20 +15,7 @@ from aavae.data import DataConfig
 from aavae.datasets import load_data
 from aavae.files import load_checkpoint
 
-SMALL = [
-    "--model.encoder",
-    "resnet18",
-    "--model.decoder",
-    "resnet18",
-    "--model.width",
-    "0.125",
-    "--train.batch_size",
-    "8",
-    "--train.warmup_epochs",
-    "1",
-    "--train.accelerator",
-    "cpu",
-]
+SMALL = flags(**SMALL_NETWORKS, train__batch_size=8, train__warmup_epochs=1, train__accelerator="cpu")
 
 
 def photos(n: int, size: tuple[int, int], seed: int) -> list[Image.Image]:

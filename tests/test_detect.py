@@ -10,34 +10,13 @@ import sys
 import time
 
 import pytest
+from conftest import flags
 
 from aavae import Run
 from aavae.files import load_checkpoint
 
-PRETRAIN = [
-    "--preset",
-    "digits",
-    "--train.max_steps",
-    "2",
-    "--train.knn_every_n_epochs",
-    "0",
-    "--train.accelerator",
-    "cpu",
-]
-SMALL = [
-    "--max_steps",
-    "30",
-    "--batch_size",
-    "2",
-    "--image_size",
-    "96",
-    "--warmup_steps",
-    "2",
-    "--save_every_n_steps",
-    "2",
-    "--data.workers",
-    "0",
-]
+PRETRAIN = flags(preset="digits", train__max_steps=2, train__knn_every_n_epochs=0, train__accelerator="cpu")
+SMALL = flags(max_steps=30, batch_size=2, image_size=96, warmup_steps=2, save_every_n_steps=2, data__workers=0)
 MAIN = [sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())"]
 
 

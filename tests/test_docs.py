@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+from conftest import watched
 
 ROOT = Path(__file__).parent.parent
 
@@ -158,28 +159,15 @@ def address(site):
 
 def test_every_page_in_a_browser(site, address, page):
     "No console error, no request to another host, nothing wider than a phone's screen."
-    said, asked = [], []
-    listeners = {
-        "console": lambda m: (
-            said.append(m.text) if m.type == "error" and "favicon" not in (m.location or {}).get("url", "") else None
-        ),
-        "pageerror": lambda e: said.append(str(e)),
-        "request": lambda r: asked.append(r.url),
-    }
-    for event, listen in listeners.items():
-        page.on(event, listen)
     page.set_viewport_size({"width": 390, "height": 844})
     wide = []
-    try:
+    with watched(page) as (said, asked):
         for path in sorted(site.rglob("*.html")):
             name = path.relative_to(site).as_posix()
             page.goto(f"{address}/{name}", wait_until="load")
             if page.evaluate("document.documentElement.scrollWidth") > 390:
                 wide.append(name)
             assert not said, f"{name}: {said}"
-    finally:
-        for event, listen in listeners.items():
-            page.remove_listener(event, listen)
     assert asked and [u for u in asked if not u.startswith((address, "data:", "blob:"))] == []
     assert wide == []
 

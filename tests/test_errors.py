@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import flags
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,20 +24,14 @@ from aavae.files import load_checkpoint, writing
 from aavae.run import encoder_facts
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "errors.ipynb"
-SMALL = [
-    "--data.name",
-    "folder",
-    "--model.width",
-    "0.125",
-    "--train.max_steps",
-    "2",
-    "--train.batch_size",
-    "8",
-    "--train.knn_every_n_epochs",
-    "0",
-    "--train.accelerator",
-    "cpu",
-]
+SMALL = flags(
+    data__name="folder",
+    model__width=0.125,
+    train__max_steps=2,
+    train__batch_size=8,
+    train__knn_every_n_epochs=0,
+    train__accelerator="cpu",
+)
 
 
 @cache

@@ -468,17 +468,7 @@ for name in sys.stdin:
 def test_push_and_load(hub, aavae, small, tmp_path):
     """Pushed by the command line, fetched by another process: the same features, from the cache too; no token is
     printed."""
-    done = aavae(
-        "export",
-        small.path,
-        "--format",
-        "safetensors",
-        "-o",
-        tmp_path / "card",
-        "--push",
-        "me/aavae-small",
-        env=hub.env | {"HF_TOKEN": "hf_right"},
-    )
+    done = push(aavae, small, tmp_path / "card", "me/aavae-small", hub.env | {"HF_TOKEN": "hf_right"})
     assert done.returncode == 0, done.stderr
     assert "pushed to" in done.stdout and "hf_right" not in done.stdout + done.stderr
     files = Hub.repos["me/aavae-small"]
@@ -512,20 +502,17 @@ def test_push_and_load(hub, aavae, small, tmp_path):
         other.stdin.close()
 
 
+def push(aavae, run: Run, folder: Path, name: str, env: dict[str, str]):
+    "Writes the encoder of a run to a folder and uploads it."
+    words = ("--format", "safetensors", "-o", folder, "--push", name)
+    return aavae("export", run.path, *words, env=env)
+
+
 @pytest.mark.parametrize("token", [None, "hf_wrong"])
 def test_push_without_the_right(token, hub, aavae, small, tmp_path):
     "No token, or a wrong one: a line, exit code 2, and the token is not in it."
-    done = aavae(
-        "export",
-        small.path,
-        "--format",
-        "safetensors",
-        "-o",
-        tmp_path / "card",
-        "--push",
-        "me/it",
-        env=hub.env | ({"HF_TOKEN": token} if token else {}),
-    )
+    env = hub.env | ({"HF_TOKEN": token} if token else {})
+    done = push(aavae, small, tmp_path / "card", "me/it", env)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert (
         done.stderr.startswith("aavae: error: ")

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from threading import Thread
 
 import numpy as np
 import pytest
 import torch
+from conftest import watched
 
 BLOCKED = ("plotly", "ipywidgets", "IPython", "nbdev", "fastcore", "anywidget", "jupyterlab", "tensorboard", "pytest")
 WITHOUT = f"""
@@ -124,20 +126,11 @@ def visit(page, path, check=lambda width: None) -> str:
     host, no overflow. Returns its text."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(path.parent)))
     Thread(target=server.serve_forever, daemon=True).start()
-    errors, requests, here = [], [], f"http://127.0.0.1:{server.server_port}"
-    listeners = {
-        "console": lambda m: (
-            errors.append(m.text) if m.type == "error" and "favicon" not in (m.location or {}).get("url", "") else None
-        ),
-        "pageerror": lambda e: errors.append(str(e)),
-        "request": lambda r: requests.append(r.url),
-    }
-    for event, listen in listeners.items():
-        page.on(event, listen)
-    try:
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)
-            for width in (390, 1280, 1920):
+    here = f"http://127.0.0.1:{server.server_port}"
+    with watched(page) as (errors, requests):
+        try:
+            for scheme, width in product(("light", "dark"), (390, 1280, 1920)):
+                page.emulate_media(color_scheme=scheme)
                 page.set_viewport_size({"width": width, "height": 900})
                 page.goto(f"{here}/{path.name}", wait_until="load")
                 page.wait_for_selector(".js-plotly-plot .main-svg")
@@ -147,13 +140,11 @@ def visit(page, path, check=lambda width: None) -> str:
                     && d.querySelector('.main-svg').getBoundingClientRect().width > d.clientWidth + 1).length"""
                 )
                 assert outside == 0, f"{outside} matrices are wider than their frame at {width} pixels"
-        assert page.pdf().startswith(b"%PDF")
-        text = page.inner_text("body")
-    finally:
-        server.shutdown()
-        page.emulate_media(color_scheme="light")
-        for event, listen in listeners.items():
-            page.remove_listener(event, listen)
+            assert page.pdf().startswith(b"%PDF")
+            text = page.inner_text("body")
+        finally:
+            server.shutdown()
+            page.emulate_media(color_scheme="light")
     assert not errors
     assert requests and not [u for u in requests if not u.startswith((here, "data:", "blob:"))]
     return text

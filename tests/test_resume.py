@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import flags
 from safetensors.torch import load_file
 
 from aavae import Run
@@ -21,22 +22,16 @@ from aavae.files import load_checkpoint
 AAVAE = [sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())"]
 DIGITS = [
     "pretrain",
-    "--train.accelerator",
-    "cpu",
-    "--model.width",
-    "0.125",
-    "--train.warmup_epochs",
-    "1",
-    "--train.max_epochs",
-    "4",
-    "--train.knn_every_n_epochs",
-    "2",
-    "--train.save_every_n_steps",
-    "7",
-    "--train.ema",
-    "0.99",
-    "--train.clip",
-    "100",
+    *flags(
+        train__accelerator="cpu",
+        model__width=0.125,
+        train__warmup_epochs=1,
+        train__max_epochs=4,
+        train__knn_every_n_epochs=2,
+        train__save_every_n_steps=7,
+        train__ema=0.99,
+        train__clip=100,
+    ),
 ]
 
 

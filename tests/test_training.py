@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL_NETWORKS, flags
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aavae import Run
@@ -14,32 +15,18 @@ from aavae.augment import ViewsConfig
 from aavae.loss import ObjectiveConfig
 from aavae.model import ModelConfig, build_model
 
-SMALL = [
-    "--preset",
-    "cifar10",
-    "--data.name",
-    "folder",
-    "--data.val_size",
-    "40",
-    "--model.encoder",
-    "resnet18",
-    "--model.decoder",
-    "resnet18",
-    "--model.width",
-    "0.125",
-    "--model.maxpool",
-    "true",
-    "--train.batch_size",
-    "32",
-    "--train.warmup_epochs",
-    "1",
-    "--train.max_epochs",
-    "8",
-    "--train.knn_every_n_epochs",
-    "4",
-    "--train.accelerator",
-    "cpu",
-]
+SMALL = flags(
+    preset="cifar10",
+    data__name="folder",
+    data__val_size=40,
+    **SMALL_NETWORKS,
+    model__maxpool="true",
+    train__batch_size=32,
+    train__warmup_epochs=1,
+    train__max_epochs=8,
+    train__knn_every_n_epochs=4,
+    train__accelerator="cpu",
+)
 
 
 @pytest.fixture(scope="module")
