@@ -49,7 +49,7 @@ class ViewsConfig:
         if self.blur_kernel is not None:
             _check_kernel(self.blur_kernel)
 
-
+# %% ../nbs/1_images/13_augment.ipynb #05b9805a
 def _check_probability(name: str, p: float):
     if not 0 <= p <= 1:
         raise InputError(f"views.{name} {p} is no probability; use 0 to 1")
@@ -100,7 +100,7 @@ def _draw_sides(u: Tensor, size: tuple[int, int], config: ViewsConfig) -> tuple[
     h = torch.sqrt(area / ratio)
     return h.round(), w.round()
 
-
+# %% ../nbs/1_images/13_augment.ipynb #737e1c97
 def _largest_sides(size: tuple[int, int], ratios: tuple[float, float]) -> tuple[float, float]:
     "Height and width of the largest crop of a permitted ratio."
     height, width = size
@@ -117,7 +117,7 @@ def _place(u: Tensor, length: Tensor, side: int, centred: Tensor) -> Tensor:
     drawn = ((free + 1) * u).floor()
     return torch.where(centred, free // 2, drawn)
 
-
+# %% ../nbs/1_images/13_augment.ipynb #99cf1711
 def _draw_boxes(u: Tensor, size: tuple[int, int], config: ViewsConfig) -> Tensor:
     "Crops from uniform numbers `u (n, 22)`: top, left, height and width, int64 `(n, 4)`."
     height, width = size
@@ -148,7 +148,7 @@ def _draw_factors(u: Tensor, jitter: float) -> Tensor:
     shift = _between(u[:, 3:], -turn, turn)
     return torch.cat([factors, shift], 1).float()
 
-
+# %% ../nbs/1_images/13_augment.ipynb #ba82522e
 def draw_views(config: ViewsConfig, seed: int, epoch: int | Tensor, index: Tensor, size: tuple[int, int]) -> Views:
     "Parameters of the views of images `index`, on the device of `index`; a function of the arguments alone."
     u = uniform(seed, epoch, index, 0, 36)  # (n, 36) float64
@@ -178,7 +178,7 @@ def _resize_matrix(start: Tensor, length: Tensor, size: int, out: int) -> Tensor
     weight = distance.neg_().add_(1).clamp_(min=0)
     return weight.div_(weight.sum(2, keepdim=True))
 
-
+# %% ../nbs/1_images/13_augment.ipynb #476a519b
 def crop(x: Tensor, box: Tensor, flip: Tensor, out: tuple[int, int]) -> Tensor:
     "Crops `box (n, 4)` of `x (n, c, h, w)`, resized to `out`, flipped where `flip`; float32 in [0, 1] `(n, c, *out)`."
     n, c, h, w = x.shape
@@ -210,7 +210,7 @@ def _blur_matrix(sigma: Tensor, kernel: int, size: int) -> Tensor:
     weight = weight[:, None].expand(-1, size, -1)
     return band.scatter_add_(2, source.expand(n, -1, -1), weight)
 
-
+# %% ../nbs/1_images/13_augment.ipynb #69bdc11b
 def blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     "Gaussian blur of `x (n, c, h, w)` by `sigma (n,)` pixels with an odd `kernel`, reflected at the border."
     height, width = x.shape[2:]
@@ -241,7 +241,7 @@ def _shares(op: Tensor, factor: Tensor) -> Tensor:
     rest = 1 - keep
     return torch.stack([keep, (op == CONTRAST) * rest, (op == SATURATION) * rest])
 
-
+# %% ../nbs/1_images/13_augment.ipynb #d4d1523e
 def _mix_(x: Tensor, shares: Tensor) -> Tensor:
     "In place: images `(n, 3, h, w)` mixed with their grey by `shares (3, n)`, and clipped."
     keep, of_mean, of_grey = shares[..., None, None, None]  # (n, 1, 1, 1)
@@ -257,7 +257,7 @@ def _hue(x: Tensor, low: Tensor, six: Tensor) -> Tensor:
     size = (g + b).sub_(r).sub_(low).div_(six).add_(1 / 6)
     return size.copysign_(g - b)
 
-
+# %% ../nbs/1_images/13_augment.ipynb #c50bcbfa
 def shift_hue_(x: Tensor, shift: Tensor) -> Tensor:
     "In place: the hue of RGB images `(n, 3, h, w)` in [0, 1], turned by `shift (n,)`, a share of the full circle."
     r, g, b = x.unbind(1)
@@ -309,7 +309,7 @@ def jitter_(x: Tensor, views: Views) -> Tensor:
         adjust_(x, op, factor[:, step])
     return x
 
-
+# %% ../nbs/1_images/13_augment.ipynb #a76a1099
 def _jitter_sorted_(x: Tensor, views: Views, factor: Tensor) -> Tensor:
     "In place: the same, with the images sorted by the step of their hue. `factor (n, 4)` is by step."
     turn = (views.order == HUE).int().argmax(1)  # (n,) the step of the hue
@@ -396,7 +396,7 @@ def view_pairs(split: Split, index: Tensor, config: ViewsConfig, seed: int, epoc
     crops = crops.mul_(255).round_().clamp_(0, 255)
     return torch.stack([split.images_at(index), crops.to(torch.uint8)], 1)
 
-
+# %% ../nbs/1_images/13_augment.ipynb #2f9da28d
 def _pair(split: Split, i: int, u: Tensor, config: ViewsConfig) -> Tensor:
     "Target and crop of one photograph, which is decoded once: 8-bit `(2, 3, s, s)`. `u (1, 22)` draws the box."
     image = read_image(split.paths[i], split.depth)
@@ -407,7 +407,7 @@ def _pair(split: Split, i: int, u: Tensor, config: ViewsConfig) -> Tensor:
     target = centre(image, size, split.resize)
     return torch.stack([target, pixels(part)])
 
-
+# %% ../nbs/1_images/13_augment.ipynb #555e67c3
 def split_views(
     split: Split, index: Tensor, config: ViewsConfig, seed: int, epoch: int | Tensor, device: torch.device | str = "cpu"
 ) -> Tensor:
