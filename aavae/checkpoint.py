@@ -64,7 +64,7 @@ def all_finite(model: nn.Module) -> bool:
     tensors = [t.detach().float() for t in model.state_dict().values() if t.is_floating_point()]
     return bool(nn.utils.get_total_norm(tensors).isfinite())
 
-
+# %% ../nbs/3_training/12_checkpoint.ipynb #336d5fee
 class Clock:
     "Seconds of training, those before a resume included."
 
@@ -196,7 +196,7 @@ def changed(config: Config, stored: Config, free: set[str] = RESUMABLE) -> list[
     different = [name for name, value in config.flat().items() if value != old[name] and name not in free]
     return [(name, config.flat()[name], old[name]) for name in different]
 
-
+# %% ../nbs/3_training/12_checkpoint.ipynb #26aeeae1
 def holds_other_files(folder: Path) -> bool:
     "Whether a folder that is no run holds something."
     return any(p.name[0] != "." and p.name != "study.json" for p in folder.iterdir())
@@ -235,7 +235,7 @@ def check_configuration(config: Config, out: Path):
             "so drop the difference or choose another --out"
         )
 
-
+# %% ../nbs/3_training/12_checkpoint.ipynb #6a5074d8
 def clear(out: Path):
     "Removes what a run consists of, and nothing else."
     files = ("config.yaml", "metrics.csv", "encoder.safetensors", "results.json", "report.html", "skipped.txt")
@@ -257,7 +257,7 @@ def fits(checkpoint: dict, method: Method, config: Config) -> bool:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return False
 
-
+# %% ../nbs/3_training/12_checkpoint.ipynb #df026aef
 def read_checkpoint(path: Path, method: Method, data: ImageData, config: Config) -> dict:
     "A checkpoint to go on from. Raises `InputError` if it was made on other images, or is not one of `method`."
     checkpoint = load_checkpoint(path)
@@ -280,7 +280,7 @@ def read_checkpoint(path: Path, method: Method, data: ImageData, config: Config)
         )
     return checkpoint
 
-
+# %% ../nbs/3_training/12_checkpoint.ipynb #c034563d
 def note_changes(about: dict[str, Any], processes: Processes):
     "Says on stderr what makes a resumed run close to, but not bit-identical with, one that was not stopped."
 

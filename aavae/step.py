@@ -201,7 +201,7 @@ def use_inductor_cache():
     "Lets `torch.compile` keep what it makes in the user's cache folder, unless another is set."
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 
-
+# %% ../nbs/3_training/10_step.ipynb #52fe9740
 def compile_networks(method: nn.Module, step: Step, batch: Batch) -> str | None:
     "Compiles the networks of a method in place. Returns None, or why it failed; weights and buffers do not change."
     networks = [m for m in method.children() if any(p.requires_grad for p in m.parameters())]
@@ -219,7 +219,7 @@ def compile_networks(method: nn.Module, step: Step, batch: Batch) -> str | None:
             torch.compiler.reset()
     return failure
 
-
+# %% ../nbs/3_training/10_step.ipynb #578519ea
 def fast_step(
     step: Step, train: TrainConfig, example: Batch, steps_left: int
 ) -> tuple[Step | CapturedStep, str | None]:

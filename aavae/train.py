@@ -79,7 +79,7 @@ def steps_of(loader: StepLoader, accumulate: int):
             yield micro_batches
             micro_batches = []
 
-
+# %% ../nbs/3_training/13_train.ipynb #0b23b31e
 def fit(t: Training):
     """Trains to the last step, and keeps what it has learnt.
 
@@ -164,7 +164,7 @@ def leave(t: Training, signum: int, step: int):
         where += f". The warm-up of {t.warmup_steps:,} steps is not over, so little is learnt yet"
     raise TimeUp(where)
 
-
+# %% ../nbs/3_training/13_train.ipynb #68fcfa9e
 def make_look(t: Training) -> Look | None:
     "What looks at the encoder every `train.knn_every_n_epochs`; None if nothing does, as beside the main process."
     if not (t.run.config.train.knn_every_n_epochs and t.processes.is_main):
@@ -181,7 +181,7 @@ def look_due(t: Training, look: Look | None, step: int) -> bool:
     every = t.run.config.train.knn_every_n_epochs * t.batches.steps_per_epoch
     return step % every == 0 or step == t.total
 
-
+# %% ../nbs/3_training/13_train.ipynb #6daf032d
 def restore(t: Training, optimizer: torch.optim.Optimizer, ema: EMA, keeper: Keeper):
     "Puts everything back to where the checkpoint left it."
     if t.checkpoint is None:
@@ -204,7 +204,7 @@ def start_metrics(t: Training, metrics: Metrics, keeper: Keeper):
     keeper.logger_id = logger_id(logger)
     metrics.start(t.first_step, logger)
 
-
+# %% ../nbs/3_training/13_train.ipynb #0792c7e6
 def choose_step(t: Training, step: Step) -> Callable:
     "The fastest step that works here; says why if a faster one failed."
     example = t.processes.fabric.to_device(t.batches[t.first_step * t.batches.share.accumulate])
@@ -259,7 +259,7 @@ def note_warmup(t: Training):
     if note := warmup_note(t.warmup_steps, t.total, f"--train.warmup_epochs {shorter}"):
         print(f"note: {note}", file=sys.stderr)
 
-
+# %% ../nbs/3_training/13_train.ipynb #3f3a412c
 def prepare_folder(run: Run, data: ImageData, overwrite: bool):
     "Makes the locked folder of a run ready for training."
     if overwrite:
@@ -348,7 +348,7 @@ class Request:
     show_progress: bool = True
     max_seconds: float | None = None
 
-
+# %% ../nbs/3_training/13_train.ipynb #7643c15d
 def pretrain(
     config: Config,
     out: str | Path,
