@@ -145,11 +145,12 @@ class Keeper:
         return about
 
     def _save_encoder(self, name: str | Path, step: int, ema: EMA, whole: bool = False):
-        save_encoder(self.run.path / name, ema.model, self.facts(step), whole)
+        save_encoder(self.run.path / name, ema.model, self.facts(step, ema.model), whole)
 
-    def facts(self, step: int) -> dict[str, Any]:
+    def facts(self, step: int, method: Method) -> dict[str, Any]:
         "What an encoder file says about itself."
         config, data, seconds = self.run.config, self.data, self.clock.seconds
+        seen = step * config.train.batch_size  # images
         return {
             "model": asdict(config.model),
             "image_size": data.image_size,
@@ -159,7 +160,10 @@ class Keeper:
             "label": data.label,
             "step": step,
             "epochs": round(step / self.steps_per_epoch, 4),
-            "views_seen": step * config.train.batch_size,
+            "views_seen": round(seen * method.views_per_image),
+            "encoder_passes": round(seen * method.passes_per_image),
+            "images": len(data.split(data.pretrain_split)),
+            "classes": len(data.classes),
             "minutes": round(seconds / 60, 3),
             "seconds_per_epoch": round(seconds / step * self.steps_per_epoch, 3),
             "skipped": len(data.skipped),
@@ -193,8 +197,8 @@ RESUMABLE = {
 def changed(config: Config, stored: Config, free: set[str] = RESUMABLE) -> list[tuple[str, Any, Any]]:
     "The fields in which two configurations differ, without those that may: name, value and stored value."
     old = stored.flat()
-    different = [name for name, value in config.flat().items() if value != old[name] and name not in free]
-    return [(name, config.flat()[name], old[name]) for name in different]
+    different = [name for name, value in config.flat().items() if value != old.get(name) and name not in free]
+    return [(name, config.flat()[name], old.get(name)) for name in different]
 
 # %% ../nbs/3_training/12_checkpoint.ipynb #26aeeae1
 def holds_other_files(folder: Path) -> bool:

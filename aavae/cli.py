@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BOOLEANS', 'OPTIONS', 'EVALUATE', 'TRANSFER', 'COMMANDS', 'comments_in', 'field_comments', 'field_help', 'spell_out',
-           'new_parser', 'parse', 'base_config', 'add_preset', 'read_config', 'cmd_pretrain', 'add_task', 'choose_task',
-           'read_data', 'measure', 'show', 'cmd_evaluate', 'cmd_transfer', 'cmd_detect', 'cmd_data', 'cmd_doctor',
-           'cmd_results', 'cmd_report', 'cmd_demo', 'cmd_bench', 'cmd_study', 'cmd_embed', 'cmd_export', 'usage',
-           'run_command', 'failure', 'main']
+           'new_parser', 'parse', 'base_config', 'add_preset', 'method_fields', 'add_config', 'read_config',
+           'cmd_pretrain', 'add_task', 'choose_task', 'read_data', 'measure', 'show', 'cmd_evaluate', 'cmd_transfer',
+           'cmd_detect', 'cmd_data', 'cmd_doctor', 'cmd_results', 'cmd_report', 'cmd_demo', 'cmd_bench', 'cmd_study',
+           'cmd_embed', 'cmd_export', 'usage', 'run_command', 'failure', 'main']
 
 # %% ../nbs/8_tools/08_cli.ipynb #439d913d
 import ast
@@ -28,17 +28,19 @@ from aavae.config import (
     Config,
     check_values,
     config_parser,
-    instantiate,
     make_config,
+    parsed_config,
     parser_error,
     preset,
     read_yaml,
+    sections_of,
     shorter_warmup,
     unknown,
 )
 from .data import DataConfig
 from .errors import Failed, InputError, Interrupted, out_of_memory
 from .files import atomic
+from .methods.registry import METHODS, check_name, options_of
 from .records import read_records
 from .run import Run
 from .train import pretrain
@@ -123,6 +125,8 @@ def _parse_error(parser, argv: list[str], message: str) -> InputError:
     if not message.startswith("unrecognized arguments: "):
         return parser_error(message)
     word = message.split(": ", 1)[1].split()[0]
+    if word.startswith("--method.") and not any(a.dest.startswith("method.") for a in parser._actions):
+        return InputError(f"{word[2:]} is a field of a method beside the autoencoders; set --objective.name to one")
     if word.startswith("--"):
         known = {o[2:] for a in parser._actions for o in a.option_strings if o.startswith("--")}
         return unknown(f"{parser.prog} has no flag", word[2:].split("=")[0], known)
@@ -191,12 +195,38 @@ def add_preset(parser):
     parser.add_argument("--config", type=str, default=None, help="a YAML file of fields, as in a run's config.yaml")
 
 
+def method_fields() -> str:
+    "What each method beside the autoencoders has for fields, a line each."
+    lines = ["fields of the methods that --objective.name takes beside the autoencoders:"]
+    for name in METHODS:
+        options = options_of(name)
+        named = [f"--method.{f.name} {f.default}" for f in fields(options)]
+        lines.append(f"{name}: {', '.join(named) or 'none'};")
+    return " ".join(lines) + " --objective.name NAME --help explains them"
+
+
+def add_config(parser, argv: list[str], base: Config):
+    "The flags of a configuration on top of `base`, with those of the method that `--objective.name` names."
+    given = _peek(argv, "--objective.name")
+    if given:
+        check_name(given)
+    objective = given or base.objective.name
+    config_parser(parser, base, objective)
+    comments = field_comments(options_of(objective))
+    for action in parser._actions:
+        section, _, name = action.dest.partition(".")
+        if section == "method" and name in comments:
+            action.help = comments[name]
+    if not given:
+        parser.epilog = method_fields() if {"--help", "-h"} & set(argv) else None
+
+
 def read_config(parsed, parser) -> Config:
     "The `Config` in parsed arguments."
-    given = {section: vars(getattr(parsed, section)) for section in SECTIONS}
-    check_values({f"{section}.{name}": v for section, values in given.items() for name, v in values.items()})
-    made = vars(instantiate(parser, parsed))
-    return Config(**{section: made[section] for section in SECTIONS})
+    objective = parsed.objective.name
+    given = {s: vars(getattr(parsed, s)) for s, cls in sections_of(objective).items() if fields(cls)}
+    check_values({f"{section}.{name}": v for section, values in given.items() for name, v in values.items()}, objective)
+    return parsed_config(parser, parsed, objective)
 
 # %% ../nbs/8_tools/08_cli.ipynb #fdc4a4d7
 def _say_done(run: Run):
@@ -220,7 +250,7 @@ def cmd_pretrain(argv: list[str]):
     parser.add_argument("--out", type=str, required=True, help="folder of the run")
     parser.add_argument("--resume", type=bool, default=False, help="resume the run in --out")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace the run in --out")
-    config_parser(parser, base_config(argv))
+    add_config(parser, argv, base_config(argv))
     args = parse(parser, argv)
     config = read_config(args, parser)
     if not _resumed(argv):  # which keeps its own warm-up
@@ -357,7 +387,7 @@ def cmd_data(argv: list[str]):
     add_preset(parser)
     about = "show the decoded pixels that are kept, and check nothing; clear: remove them too"
     parser.add_argument("--cache", type=Literal["true", "false", "clear"], default="false", help=about)
-    config_parser(parser, base_config(argv))
+    add_config(parser, argv, base_config(argv))
     args = parse(parser, argv)
     if args.cache != "false":
         _cache(args.cache == "clear")
@@ -504,7 +534,7 @@ def _study_parser(name: str, argv: list[str]):
     add("--jobs", type=int, default=1, help="runs at a time, with --executor local or slurm")
     settings = "settings for submitit, '{slurm_partition: gpu, timeout_min: 600}' say"
     add("--slurm", type=dict, default={}, help=settings)
-    config_parser(parser, _study_base(argv))
+    add_config(parser, argv, _study_base(argv))
     return parser
 
 # %% ../nbs/8_tools/08_cli.ipynb #studycmd

@@ -9,7 +9,7 @@ __all__ = ['PREFETCH', 'Share', 'Batches', 'shared_memory_free', 'shm_needed', '
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from .augment import ViewsConfig, view_pairs
+from .augment import ViewsConfig, view_crops
 from .config import Config
 from .data import Split
 from .errors import Failed, InputError
@@ -40,10 +40,15 @@ class Batches(torch.utils.data.Dataset):
     """The batches of a run by number: images, their indices `(n,)`, and the epoch.
 
     Item i is micro-batch `i % accumulate` of step `i // accumulate`. Images are 8-bit `(n, 3, s, s)`. They are
-    `view_pairs` `(n, 2, 3, s, s)` if the split has a `resize` and there are `views`."""
+    `view_crops` `(n, 1 + v, 3, s, s)` if the split has a `resize` and there are `views`."""
 
     def __init__(
-        self, split: Split, batch_size: int, seed: int, share: Share | None = None, views: ViewsConfig | None = None
+        self,
+        split: Split,
+        batch_size: int,
+        seed: int,
+        share: Share | None = None,
+        views: ViewsConfig | Sequence[ViewsConfig] | None = None,
     ):
         if batch_size > len(split):
             raise InputError(
@@ -54,7 +59,9 @@ class Batches(torch.utils.data.Dataset):
         self.batch_size = batch_size
         self.seed = seed
         self.share = share or Share()
-        self.views = views if split.resize else None
+        self.views = [views] if isinstance(views, ViewsConfig) else views
+        if not split.resize:
+            self.views = None
         self.size = batch_size // (self.share.accumulate * self.share.world_size)  # of a micro-batch
         self.steps_per_epoch = len(split) // batch_size
         self._epoch = -1
@@ -79,7 +86,7 @@ class Batches(torch.utils.data.Dataset):
     def _images(self, index: Tensor, epoch: int) -> Tensor:
         if self.views is None:
             return self.split.images_at(index)
-        return view_pairs(self.split, index, self.views, self.seed, epoch)
+        return view_crops(self.split, index, self.views, self.seed, epoch)
 
     @property
     def resident(self) -> bool:

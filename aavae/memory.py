@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from .build import Images, build_method
 from .config import Config, TrainConfig
 from .errors import InputError
-from .model import AAVAE, build_model
+from .method import Method
 
 # %% ../nbs/3_training/07_memory.ipynb #b2de8d71
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -32,7 +33,7 @@ def reuse_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25))  # old ones allow 32 MB
 
 # %% ../nbs/3_training/07_memory.ipynb #memsave1
-def _saved_bytes(model: AAVAE, n: int, size: int) -> tuple[int, int]:
+def _saved_bytes(model: Method, n: int, size: int) -> tuple[int, int]:
     "What autograd saves in a forward pass of `n` images beside the weights, and the largest piece of it."
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     saved = {}
@@ -42,16 +43,10 @@ def _saved_bytes(model: AAVAE, n: int, size: int) -> tuple[int, int]:
         saved[storage._cdata] = storage  # holds it, so that its address is not given to another
         return x
 
-    dtype = model.logscale.dtype
+    dtype = next(model.encoder.parameters()).dtype
     images = torch.empty(n, 3, size, size, device="meta", dtype=dtype)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        mu, std = model.encode(images)
-        z = mu if std is None else mu + std * torch.empty_like(mu)
-        prediction = model.predict(z.to(dtype))
-        observed = (images.float(),)
-        if prediction.ndim == 2:
-            observed = (torch.empty_like(prediction), prediction.new_empty(n))  # a target is there already
-        model.loss(model.log_likelihood(observed, prediction), mu, std)
+        model.dry_pass(images)
     sizes = [storage.nbytes() for key, storage in saved.items() if key not in weights]
     return sum(sizes), max(sizes)
 
@@ -63,8 +58,9 @@ def memory_needs(config: Config, image_size: int) -> tuple[int, int]:
     train, bf16 = config.train, config.train.bf16
     statistics = [0.5] * 3
     with torch.device("meta"):
-        model = build_model(config.model, config.objective, config.views, image_size, statistics, statistics)
-    weights = sum(p.numel() for p in model.parameters())
+        model = build_method(config, Images(image_size, statistics, statistics))
+    weights = sum(p.numel() for p in model.parameters_to_train())
+    kept = sum(t.numel() for t in model.state_dict().values()) - weights  # a teacher, a bank
     model.to(torch.bfloat16 if bf16 else torch.float32)
     saved2, largest2 = _saved_bytes(model, 2, image_size)
     saved4, largest4 = _saved_bytes(model, 4, image_size)
@@ -72,7 +68,9 @@ def memory_needs(config: Config, image_size: int) -> tuple[int, int]:
     copies = 4 + 0.5 * bf16  # weights, gradients and two moments; the weights in bfloat16
     copies += train.ema is not None  # the average
     copies += train.processes > 1  # the buckets of DDP
-    return int(4 * weights * copies), each * 4 // 3  # a third more for gradients and workspace, as measured below
+    return int(
+        4 * (weights * copies + kept)
+    ), each * 4 // 3  # a third more for gradients and workspace, as measured below
 
 # %% ../nbs/3_training/07_memory.ipynb #memfree1
 def _of_system() -> tuple[int, int]:

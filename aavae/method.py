@@ -10,7 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from .augment import ViewsConfig
 from .data import Split
+from .methods.registry import NoOptions
 
 Batch = tuple[Tensor, Tensor, int | Tensor]  # images, their indices, the epoch
 
@@ -20,7 +22,11 @@ class Method(L.LightningModule):
 
     `L.Trainer` trains it as well as `pretrain` does."""
 
+    Options: type = NoOptions  # the dataclass of its options, the section `method` of a configuration
+    decomposes: bool = True  # whether the loss is a mean over images, each of which needs no other
     encoder: nn.Module
+    views_per_image: float = 1  # that a step makes
+    passes_per_image: float = 1  # of an encoder, a teacher's included; a view of half the pixels is half a pass
     lr: float = 2.5e-4  # of `configure_optimizers`; `pretrain` sets its own from the configuration
     copied: tuple[str, ...] = ()  # names, or their beginnings, of state that an average of the weights takes as it is
 
@@ -37,6 +43,14 @@ class Method(L.LightningModule):
     def parameters_to_train(self) -> list[nn.Parameter]:
         "What the optimiser changes."
         return [p for p in self.parameters() if p.requires_grad]
+
+    def crops(self) -> list[ViewsConfig] | None:
+        "How views are cut from photographs larger than the encoder's images; None: it takes their centres."
+        return None
+
+    def dry_pass(self, images: Tensor):
+        "A forward pass of blank images `(n, 3, s, s)`, which may be on the meta device, to see what memory it takes."
+        self.encoder(images)
 
     def after_step(self, step: int, total: int):
         "Acts when step number `step` of `total` is done. By default it does nothing."

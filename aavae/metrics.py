@@ -81,11 +81,11 @@ class Metrics:
 
     `flush` raises `Diverged` if a loss was not finite, and `InputError` if the file cannot be written."""
 
-    def __init__(self, path: Path, processes: Processes, steps_per_epoch: int, batch_size: int):
+    def __init__(self, path: Path, processes: Processes, steps_per_epoch: int, views_per_step: float):
         self.path = path
         self.processes = processes
         self.steps_per_epoch = steps_per_epoch
-        self.batch_size = batch_size
+        self.views_per_step = views_per_step
         self.logger = None
         self.rows: dict[int, dict[str, float]] = {}  # by step, plain numbers
         self.parts: dict[int, Tensor] = {}  # by step, on the device
@@ -154,7 +154,7 @@ class Metrics:
         with open(self.path, "a") as f:
             for step, row in rows:
                 epoch = round(step / self.steps_per_epoch, 4)
-                facts = {"step": step, "epoch": epoch, "views_seen": step * self.batch_size} | row
+                facts = {"step": step, "epoch": epoch, "views_seen": round(step * self.views_per_step)} | row
                 f.write(",".join(cell(facts.get(c, "")) for c in COLUMNS) + "\n")
                 if self.logger is not None:
                     self.logger.log_metrics(row, step)

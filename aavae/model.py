@@ -183,6 +183,20 @@ class AAVAE(Method):
         t, rest = observed
         return self.target.log_likelihood((t - prediction).square().sum(1) + rest, self.logscale)
 
+    def crops(self) -> list[ViewsConfig] | None:
+        "How the view is cut from a photograph; None if the encoder sees the image itself."
+        return [self.views] if self.objective.augment else None
+
+    def dry_pass(self, images: Tensor):
+        "The forward pass of a step, of blank images `(n, 3, s, s)` and without noise."
+        mu, std = self.encode(images)
+        z = mu if std is None else mu + std * torch.empty_like(mu)
+        prediction = self.predict(z.to(images.dtype))
+        observed = (images.float(),)
+        if prediction.ndim == 2:
+            observed = (torch.empty_like(prediction), prediction.new_empty(len(images)))  # a target is there already
+        self.loss(self.log_likelihood(observed, prediction), mu, std)
+
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         "The loss of a batch and its parts, means over the batch in nats."
         images, index, epoch = batch

@@ -22,6 +22,7 @@ from .config import Config
 from .data import ImageData
 from .errors import InputError
 from .loss import ObjectiveConfig
+from .methods.registry import is_method
 
 if TYPE_CHECKING:
     from aavae.run import Subject
@@ -105,16 +106,17 @@ class Measurement:
 def _network(config: Config) -> dict[str, Any]:
     "What a record says of the objective and the network."
     objective, model = config.objective, config.model
+    method = is_method(objective.name)  # of which a record leaves out what belongs to the autoencoders
     return {
         "objective": objective.name,
-        "beta": objective.kl_weight,
-        "target": objective.target,
+        "beta": None if method else objective.kl_weight,
+        "target": None if method else objective.target,
         "encoder": model.encoder,
-        "decoder": model.decoder,
+        "decoder": None if method else model.decoder,
         "width": model.width,
         "maxpool": model.maxpool,
-        "latent_dim": model.latent_dim,
-        "logscale": objective.logscale,
+        "latent_dim": None if method else model.latent_dim,
+        "logscale": None if method else objective.logscale,
         "learn_logscale": objective.learn_logscale,
         **_target(objective),
     }
@@ -135,6 +137,7 @@ def _pretraining(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
     source = {"dataset": facts["dataset"], "label": facts["label"]}
     settings = {"batch_size": config.train.batch_size, "seed": config.train.seed}
     budget = {name: facts[name] for name in ("epochs", "views_seen", "minutes", "seconds_per_epoch")}
+    budget["encoder_passes"] = facts.get("encoder_passes", facts["views_seen"])
     return source | settings | budget
 
 

@@ -22,20 +22,21 @@ from torch import Tensor
 if TYPE_CHECKING:
     from aavae.evaluation.features import Features
 
+from .build import Images, build_method
 from .config import Config, TrainConfig, make_config, read_yaml
 from .data import DataConfig, ImageData
 from .datasets import load_data
 from .encoder import ImageEncoder
 from .errors import InputError
 from .files import atomic, load_checkpoint, locked, tensors_hash
-from .model import AAVAE, build_model
+from .method import Method
 from .records import read_records
 
 # %% ../nbs/3_training/05_run.ipynb #d7c4b601
 ENCODER_FORMAT = 1  # of the files of weights that this version writes and reads
 
 
-def save_encoder(path: str | Path, model: AAVAE, facts: dict[str, Any], whole: bool = False):
+def save_encoder(path: str | Path, model: Method, facts: dict[str, Any], whole: bool = False):
     "Writes the weights of the encoder, or of the `whole` model, with `facts` about them and their hash."
     state = model.state_dict() if whole else model.encoder.state_dict()
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items() if not k.startswith("normalize.")}
@@ -241,13 +242,11 @@ class Run:
         self.facts_at(epoch)
         return load_encoder(self.encoder_path(epoch))
 
-    def fresh_model(self) -> AAVAE:
+    def fresh_model(self) -> Method:
         "The whole model as it was before the first step."
-        facts, c = self.facts, self.config
-        size, mean, std = (facts[name] for name in ("image_size", "mean", "std"))
-        return build_model(c.model, c.objective, c.views, size, mean, std, c.train.seed)
+        return build_method(self.config, Images.from_facts(self.facts))
 
-    def model(self, epoch: int | None = None) -> AAVAE:
+    def model(self, epoch: int | None = None) -> Method:
         """The whole model, decoder included, of the last checkpoint or the milestone at `epoch`, frozen in eval mode.
 
         Its weights are the averaged ones if `train.ema` kept an average. Raises `InputError` if there is
@@ -320,7 +319,7 @@ class Subject:
         "The frozen encoder: images `(n, 3, s, s)` to h `(n, d)`."
         return self.run.encoder(self.untrained, self.epoch)
 
-    def model(self) -> AAVAE:
+    def model(self) -> Method:
         "The whole model, frozen in eval mode."
         if not self.untrained:
             return self.run.model(self.epoch)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, TorchElasticEnvironment
 
+from .build import Images, build_method
 from .checkpoint import EMA, Clock, Keeper, clear, is_resume, note_changes, read_checkpoint, save_due
 from .config import Config, make_config, warmup_note
 from .data import ImageData, say_notes
@@ -32,7 +33,6 @@ from .loader import Batches, Share, StepLoader
 from .memory import batch_that_fits, check_memory, memory_needs, memory_there, remedy, reuse_memory
 from .method import Method
 from .metrics import Metrics, logger_id, make_logger
-from .model import build_model
 from .online import Look
 from .progress import progress
 from .run import Run
@@ -89,7 +89,9 @@ def fit(t: Training):
     optimizer = make_optimizer(t.method.to(device), train, device)
     ema = EMA(t.method, train.ema if t.processes.is_main else None)
     keeper = Keeper(t.run, t.data, t.total, steps_per_epoch, t.processes)
-    metrics = Metrics(t.run.path / "metrics.csv", t.processes, steps_per_epoch, train.batch_size)
+    metrics = Metrics(
+        t.run.path / "metrics.csv", t.processes, steps_per_epoch, train.batch_size * t.method.views_per_image
+    )
     look = make_look(t)
     milestones = {epoch * steps_per_epoch: epoch for epoch in train.keep_at_epochs}
     restore(t, optimizer, ema, keeper)
@@ -401,10 +403,9 @@ def make_training(config: Config, request: Request, processes: Processes, stop: 
     data = load_data(config.data)
     split = data.split(data.pretrain_split).to(processes.device)
     share = Share(processes.rank, processes.world_size, train.accumulate)
-    views = config.views if config.objective.augment else None
-    batches = Batches(split, train.batch_size, train.seed, share, views)
+    method = build_method(config, Images.of(data))
+    batches = Batches(split, train.batch_size, train.seed, share, method.crops())
     total = min(train.max_epochs * batches.steps_per_epoch, train.max_steps or sys.maxsize)
-    method = build_model(config.model, config.objective, config.views, data.image_size, data.mean, data.std, train.seed)
     max_seconds = train.max_seconds if request.max_seconds is None else request.max_seconds
     run = Run(request.out, config)
     return Training(run, data, method, batches, total, processes, stop, max_seconds, request.show_progress)

@@ -12,6 +12,8 @@ import io
 from statistics import mean
 from typing import Any, NamedTuple
 
+from .methods.registry import title
+
 # %% ../nbs/3_training/04_words.ipynb #wordsn1
 NETWORKS = {"resnet18": "ResNet-18", "resnet34": "ResNet-34", "resnet50": "ResNet-50"}
 
@@ -28,8 +30,8 @@ def objective_name(record: dict[str, Any]) -> str:
     "The objective and its options, such as `aaae (target view)` or `beta (beta 0.1)`; or `untrained`."
     if record["untrained"]:
         return "untrained"
-    name = record["objective"]
-    if record["target"] != "original":
+    name = title(record["objective"])
+    if record["target"] not in ("original", None):
         name += f" (target {record['target']})"
     if record["objective"] in ("beta", "vae"):
         name += f" (beta {record['beta']:g})"

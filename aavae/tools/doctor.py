@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
+from ..build import Images, build_method
 from ..config import Config, TrainConfig, preset
 from ..data import ImageData, Split
 from ..datasets import load_data
 from ..images import SUFFIXES, cores, open_image, walk
 from ..loader import Batches, shared_memory_free, shm_needed
 from ..memory import memory_there
-from ..model import build_model
 from ..progress import progress
 from ..records import device_name, git_state
 from ..step import make_optimizer
@@ -220,13 +220,10 @@ def seconds_per_image(config: Config, data: ImageData, steps: int = 3) -> float:
 
     On the CPU with at most 32 images a step."""
     device, train = config.train.device, data.split(data.pretrain_split)
-    model = build_model(
-        config.model, config.objective, config.views, data.image_size, data.mean, data.std, config.train.seed
-    ).to(device)
+    model = build_method(config, Images.of(data)).to(device)
     most = config.train.batch_size if device.type == "cuda" else 32
     size = min(config.train.batch_size, len(train), most)
-    views = config.views if config.objective.augment else None
-    batches = Batches(train.to(device), size, 0, views=views)
+    batches = Batches(train.to(device), size, 0, views=model.crops())
     adam = make_optimizer(model, config.train, device)
     fastest = float("inf")
     for step in range(steps + 1):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACCURACIES', 'typed', 'framed', 'takes', 'parser_of', 'parsers', 'flags', 'usage', 'command_reference', 'field_rows',
-           'field_reference', 'studies', 'circumstances', 'other_rows', 'records_table', 'variants_table',
-           'results_reference']
+           'method_rows', 'method_reference', 'field_reference', 'studies', 'circumstances', 'other_rows',
+           'records_table', 'variants_table', 'results_reference']
 
 # %% ../../nbs/8_tools/10_reference.ipynb #7dd537c2
 import inspect
@@ -21,6 +21,7 @@ from unittest import mock
 
 from .. import cli
 from ..config import NAMES, PRESETS, SECTIONS, TYPES, Config, preset
+from ..methods.registry import METHODS, options_of
 from ..studies.findings import findings
 from ..studies.results import final, folded, run_points, study_table
 from .bench import format_bench
@@ -168,12 +169,9 @@ def command_reference() -> str:
 # %% ../../nbs/8_tools/10_reference.ipynb #749fe44b
 def field_rows(section: str) -> list[dict[str, str]]:
     "A row per field of a section: what it takes, the default, the presets that say otherwise, and the meaning."
-    texts, default, presets, rows = (
-        cli.field_help(),
-        Config().flat(),
-        {name: preset(name).flat() for name in PRESETS},
-        [],
-    )
+    texts, default = cli.field_help(), Config().flat()
+    presets = {name: preset(name).flat() for name in PRESETS}
+    rows = []
     for f in fields(SECTIONS[section]):
         name = f"{section}.{f.name}"
         others = {p: typed(values[name]) or "none" for p, values in presets.items() if values[name] != default[name]}
@@ -188,12 +186,39 @@ def field_rows(section: str) -> list[dict[str, str]]:
     return rows
 
 
+def method_rows(objective: str) -> list[dict[str, str]]:
+    "A row per option of a method: what it takes, the default, and the meaning with its source."
+    options = options_of(objective)
+    comments = cli.field_comments(options)
+    return [
+        {
+            "field": f"`method.{f.name}`",
+            "takes": takes(f.type),
+            "default": typed(f.default) or "none",
+            "meaning": comments[f.name].replace("|", r"\|"),
+        }
+        for f in fields(options)
+    ]
+
+
+def method_reference() -> str:
+    "Every method beside the autoencoders with its options, in Markdown."
+    parts = ["## method", "The options of the method that `objective.name` names. An autoencoder has none here."]
+    for name in METHODS:
+        rows = method_rows(name)
+        parts.append(f"### {name}\n\n{inspect.getdoc(options_of(name))}")
+        parts += [framed(rows, "meanings")] if rows else []
+    return "\n\n".join(parts)
+
+
 def field_reference() -> str:
     "Every section of the configuration with its fields, in Markdown."
-    return "\n\n".join(
+    parts = [
         f"## {section}\n\n{inspect.getdoc(cls)}\n\n{framed(field_rows(section), 'meanings')}"
         for section, cls in SECTIONS.items()
-    )
+        if fields(cls)
+    ]
+    return "\n\n".join([*parts, method_reference()])
 
 # %% ../../nbs/8_tools/10_reference.ipynb #e9463758
 ACCURACIES = ("top1", "top5", "ap", "ap50", "ap75")
