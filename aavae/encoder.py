@@ -119,7 +119,7 @@ class Normalize(nn.Module):
         if x.dtype == torch.uint8:
             x = x.float().div_(255).sub_(self.mean)
         else:
-            x = x - self.mean
+            x = x.float() - self.mean
         return x.div_(self.std)
 
 # %% ../nbs/2_model/01_encoder.ipynb #encchk01
@@ -127,7 +127,9 @@ _SLACK = 0.002  # how far floats may leave [0, 1], half a step of 8 bits: resizi
 
 
 def check_images(x: Tensor):
-    "Raises `InputError` unless images are 8-bit, or floats in [0, 1]."
+    "Raises `InputError` unless images `(n, 3, h, w)` are 8-bit, or floats in [0, 1]; grey ones may have one channel."
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        raise InputError(f"images have the shape {tuple(x.shape)}; give (n, 3, h, w)")
     if x.dtype == torch.uint8 or x.numel() == 0:
         return
     remedy = "give 8-bit images (torch.uint8), or floats in [0, 1]"
