@@ -457,7 +457,7 @@ def cmd_results(argv: list[str]):
     print(format_table(results_table(shown), args.format))
     if len(shown) < len(found):
         print(f"note: {len(found) - len(shown)} records of milestones are left out; --all shows them", file=sys.stderr)
-    if args.format == "text" and (sentence := below_untrained(shown)):
+    if args.format != "csv" and (sentence := below_untrained(shown)):
         print(f"\n{sentence}")
 
 

@@ -256,9 +256,12 @@ class Bar:
 
 # %% ../nbs/3_training/13_train.ipynb #cf786f31
 def note_warmup(t: Training):
-    "Says on stderr if the warm-up takes more than a tenth of the run."
-    shorter = t.total // t.batches.steps_per_epoch // 10
-    if note := warmup_note(t.warmup_steps, t.total, f"--train.warmup_epochs {shorter}"):
+    "Says on stderr if the warm-up takes more than a tenth of the run, to whole epochs."
+    epochs = t.total / t.batches.steps_per_epoch
+    tenth = int(epochs / 10 + 0.5)
+    if t.run.config.train.warmup_epochs <= tenth:
+        return
+    if note := warmup_note(t.warmup_steps, t.total, f"--train.warmup_epochs {tenth}"):
         print(f"note: {note}", file=sys.stderr)
 
 # %% ../nbs/3_training/13_train.ipynb #3f3a412c
