@@ -1,5 +1,6 @@
 "Runs, configurations and locks: what crosses their modules."
 
+import ast
 import inspect
 import os
 import subprocess
@@ -41,6 +42,15 @@ def test_public_names_have_docstrings():
 def test_the_command_as_a_module(module):
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.startswith("usage: aavae COMMAND"), done.stderr
+
+
+def test_no_module_needs_unix():
+    only_unix = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+    for path in sorted(Path(aavae.__file__).parent.rglob("*.py")):
+        at_import = ast.parse(path.read_text("utf-8")).body
+        names = {a.name for node in at_import if isinstance(node, ast.Import) for a in node.names}
+        names |= {node.module for node in at_import if isinstance(node, ast.ImportFrom)}
+        assert not names & only_unix, path
 
 
 def test_without_the_locks_of_unix(tmp_path):

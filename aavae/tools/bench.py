@@ -15,7 +15,6 @@ import importlib.util
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -473,6 +472,8 @@ def own_peak_memory(device: torch.device | str = "cpu") -> float:
             / 1e6
         )
     except (OSError, StopIteration):  # not Linux; there, ru_maxrss would include the parent's size
+        import resource  # Windows has none
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
