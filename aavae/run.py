@@ -30,6 +30,7 @@ from .encoder import ImageEncoder
 from .errors import InputError
 from .files import atomic, load_checkpoint, locked, tensors_hash
 from .method import Method
+from .methods.registry import title
 from .records import read_records
 
 # %% ../nbs/3_training/05_run.ipynb #d7c4b601
@@ -277,6 +278,12 @@ class Run:
                 "leave out --epoch, which takes the last model, or repeat the run"
             )
         return tensors
+
+    def require_decoder(self, purpose: str):
+        "Raises `InputError` if the run has no decoder of images for a `purpose`, such as `reconstructions`."
+        if not self.config.decodes:
+            name = title(self.config.objective.name)
+            raise InputError(f"{self.path} ({name}) has no decoder of images, so no {purpose}; use a run that has one")
 
     def metrics(self) -> dict[str, list[float | None]]:
         "The columns of `metrics.csv`; None where a step has no value. Raises `InputError` if it is damaged."

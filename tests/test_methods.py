@@ -62,3 +62,20 @@ def test_a_run_of_a_method_is_read_like_any_other(method, tmp_path):
     record = run.evaluate("knn")[0]
     assert (record["objective"], record["decoder"], record["beta"]) == (method, None, None)
     assert torch.equal(run.model().encoder.conv1.weight, run.encoder().encoder.conv1.weight)
+
+
+def test_what_needs_a_decoder_says_so_and_the_rest_works(tmp_path):
+    from aavae.errors import InputError
+    from aavae.evaluation.similarity import Layers
+    from aavae.explore.plots import reconstructions
+    from aavae.explore.report import write_report
+
+    run = pretrain(config_of("rotation", **{"train.max_steps": 2}), tmp_path / "run", show_progress=False)
+    with pytest.raises(InputError, match="has no decoder of images, so no reconstructions"):
+        reconstructions(run)
+    with pytest.raises(InputError, match="has no posterior"):
+        run.evaluate("density")
+    with pytest.raises(InputError, match="has no layer mu; use --layer h"):
+        Layers(run).need("mu")
+    page = write_report(run, tmp_path / "report.html", "rotation").read_text()
+    assert "has no decoder of images" in page

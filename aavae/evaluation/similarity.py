@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..augment import split_views
 from ..errors import InputError
 from ..loss import posterior_std
+from ..methods.registry import is_method, title
 from ..progress import progress
 from ..rng import permutation
 from ..run import Run, Subject
@@ -87,6 +88,9 @@ class Layers:
         "Loads what a layer takes. Raises `InputError` if there is no such layer, or no checkpoint for it."
         if layer not in ("h", "mu", "z"):
             raise InputError(f"there is no layer {layer!r}; use h, mu or z")
+        objective = self.subject.run.config.objective.name
+        if layer != "h" and is_method(objective):
+            raise InputError(f"a run of {title(objective)} has no layer {layer}; use --layer h")
         if layer != "h" and self.model is None:
             self.model = self.subject.model().to(self.device)
 

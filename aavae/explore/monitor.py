@@ -357,7 +357,8 @@ class RunWatcher(Explorer):
             newest = (self.out / "checkpoints/last.ckpt").stat().st_mtime
         except OSError:
             return
-        if newest == self.drawn or time.time() < self.due or self.run is None:
+        waits = newest == self.drawn or time.time() < self.due
+        if waits or self.run is None or not self.run.config.decodes:
             return
         self.run.data().split(self.run.data().eval_split)  # reading the images counts once, not each time
         start, core = time.perf_counter(), time.thread_time()

@@ -200,7 +200,8 @@ def training_curves(runs: dict[str, Run]) -> go.Figure:
 def reconstructions(run: Run, n: int = 8, views: int = 1, split: str | None = None, seed: int = 0) -> dict[str, Tensor]:
     """Rows of images `(n, 3, s, s)` in [0, 1] by name: originals, `views` views of each, and their reconstructions.
 
-    Raises `InputError` without a checkpoint."""
+    Raises `InputError` without a checkpoint or a decoder."""
+    run.require_decoder("reconstructions")
     model, data = run.model(), run.data()
     model.seed = seed
     augment, normalize = model.objective.augment, model.normalize

@@ -33,6 +33,8 @@ class ReconstructionExplorer(RunExplorer):
     `runs` is a folder, a `Run`, or several."""
 
     def build(self) -> list:
+        for run in self.runs.values():
+            run.require_decoder("reconstructions")
         self.models = {name: run.model().to(run.here.device) for name, run in self.runs.items()}
         for model in self.models.values():
             model.seed = 0  # the same views and noise for all

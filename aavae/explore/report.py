@@ -32,6 +32,7 @@ from aavae.explore.plots import (
 )
 from ..files import atomic
 from ..loss import ObjectiveConfig
+from ..methods.registry import title
 from ..records import versions
 from ..run import Run, Subject
 from ..words import TASKS, below_untrained, format_value, network_name, unit
@@ -175,7 +176,7 @@ TARGETS = {
 
 def explain(objective: ObjectiveConfig) -> str:
     "One line about an objective, with what differs from its defaults."
-    text = EXPLAIN.get(objective.name, f"{objective.name}: a method beside AAVAE.")
+    text = EXPLAIN.get(objective.name, f"{title(objective.name)}: a method beside AAVAE.")
     if objective.name == "beta" or (objective.name == "vae" and objective.kl_weight != 1):
         text += f" Here beta is {objective.kl_weight:g}."
     return text + TARGETS.get(objective.target, "")
