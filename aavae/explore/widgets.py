@@ -74,12 +74,12 @@ HEADING = "grid-column:1/3;font-weight:600;margin-top:6px"
 
 
 def _notes(notes: list[str], wide: int) -> str:
-    "HTML of a line of notes, each `wide` pixels; what is longer is cut, and shown whole by the mouse."
+    "HTML of notes side by side, each `wide` pixels; what is longer goes on in the next line."
     if not notes:
         return ""
-    style = f"width:{wide}px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap"
+    style = f"width:{wide}px;padding-right:3px;box-sizing:border-box;overflow-wrap:anywhere"
     texts = [escape(note) for note in notes]
-    below = "".join(f'<span style="{style}" title="{text}">{text}</span>' for text in texts)
+    below = "".join(f'<span style="{style}">{text}</span>' for text in texts)
     return f'<div style="display:flex;font-size:12px;line-height:16px">{below}</div>'
 
 
