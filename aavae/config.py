@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'NAMES', 'TYPES', 'ALSO_CALLED', 'PLUS', 'PRESETS', 'TrainConfig', 'Config', 'sections_of', 'types_of',
-           'unknown', 'config_parser', 'instantiate', 'parsed_config', 'parser_error', 'check_values', 'make_config',
-           'read_yaml', 'warmup_note', 'shorter_warmup', 'preset', 'scaled_to_batch']
+           'unknown', 'config_parser', 'parsed_config', 'parser_error', 'check_values', 'make_config', 'read_yaml',
+           'warmup_note', 'shorter_warmup', 'preset', 'scaled_to_batch']
 
 # %% ../nbs/3_training/01_config.ipynb #configim
 import difflib
@@ -280,15 +280,9 @@ def config_parser(parser=None, defaults: Config | None = None, objective: str | 
     return parser
 
 
-def instantiate(parser, parsed) -> Any:
-    "The objects that parsed arguments describe; jsonargparse before 4.53 knows the method by its longer name."
-    method = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return method(parsed)
-
-
 def parsed_config(parser, parsed, objective: str) -> Config:
     "The `Config` that parsed arguments describe."
-    made = vars(instantiate(parser, parsed))
+    made = vars(parser.instantiate(parsed))
     return Config(**{section: made[section] for section, cls in sections_of(objective).items() if fields(cls)})
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import instantiate, parser_error, unknown
+from ..config import parser_error, unknown
 from ..data import DataConfig, ImageData, say_notes
 from ..datasets import load_data
 from ..errors import InputError
@@ -89,7 +89,7 @@ def make_options(task: str, options: dict[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config, task)
     try:
-        return instantiate(parser, parser.parse_object({task: plain}))[task]
+        return parser.instantiate(parser.parse_object({task: plain}))[task]
     except ArgumentError as e:
         raise parser_error(str(e)) from e
 
