@@ -274,12 +274,12 @@ class Target(nn.Module):
         self.table = Table(torch.cat(codes), torch.cat(rests))
 
     def _normalised(self, split: Split, index: Tensor, normalize: nn.Module) -> Tensor:
-        return normalize(split.images_at(index).to(self.mean.device))
+        return normalize(split.images_at(index).to(self.mean.device)).to(self.mean.dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "t `(n, k)`, and the squared length of what the components leave out of pixels `(n,)`, scaled."
         with torch.autocast(x.device.type, enabled=False):
-            return self.scaled(self.features(x) - self.mean)
+            return self.scaled(self.features(x.to(self.mean.dtype)) - self.mean)
 
     def scaled(self, difference: Tensor) -> tuple[Tensor, Tensor]:
         "The same of a difference of features `(n, d)`."

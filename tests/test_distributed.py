@@ -1,5 +1,6 @@
 "Two real processes: the same gradients as one, one writer, one message when a rank dies or a signal comes."
 
+import json
 import os
 import signal
 import socket
@@ -34,11 +35,13 @@ TWO = [
 # What one rank does in the comparison: the training loop in float64, with BatchNorm frozen, keeping gradients and
 # weights of each step
 SCRIPT = """
+import json
 import sys
 import torch
 import aavae.train as train
 from aavae import preset, pretrain
-build, ranks, accumulate, out, kept = train.build_model, int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], []
+build, ranks, accumulate, out, kept = train.build_method, int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], []
+changes = json.loads(sys.argv[4])
 def frozen(*args):
     model = build(*args).double()
     for m in model.modules():
@@ -50,17 +53,17 @@ class Kept(train.Step):
         gradients = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         kept.append([gradients, torch.cat([p.detach().flatten() for p in parameters])])
         super().update()
-train.build_model, train.Step = frozen, Kept
+train.build_method, train.Step = frozen, Kept
 config = preset("digits", model__width=0.125, train__batch_size=32, train__lr=1e-3, train__warmup_epochs=0,
                 train__max_steps=20, train__precision="32", train__accelerator="cpu", train__devices=ranks,
-                train__accumulate=accumulate, train__knn_every_n_epochs=0)
+                train__accumulate=accumulate, train__knn_every_n_epochs=0, **changes)
 run = pretrain(config, out, show_progress=False)
 torch.save(kept, f"{out}-{train.os.environ.get('RANK', 0)}.pt")
 """
 
 
-def run_script(out: Path, ranks: int, accumulate: int = 1) -> list:
-    "Gradients and weights of the 20 steps; two ranks by torchrun."
+def run_script(out: Path, ranks: int, accumulate: int = 1, **changes) -> list:
+    "Gradients and weights of the 20 steps, with `changes` of the configuration; two ranks by torchrun."
     script = out.parent / "script.py"
     script.write_text(SCRIPT)
     launcher = (
@@ -69,7 +72,7 @@ def run_script(out: Path, ranks: int, accumulate: int = 1) -> list:
         else []
     )
     done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(ranks), str(accumulate), str(out)],
+        [sys.executable, *launcher, str(script), str(ranks), str(accumulate), str(out), json.dumps(changes)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -103,6 +106,16 @@ def test_two_ranks_are_one(tmp_path):
     for other in metrics[1:]:
         assert other["step"] == metrics[0]["step"] and other["views_seen"] == metrics[0]["views_seen"]
         assert other["loss"] == pytest.approx(metrics[0]["loss"], rel=1e-7)
+
+
+def test_two_ranks_have_one_target(tmp_path):
+    "The same of features as target, with a second stage whose target is the encoder: each rank makes it for itself."
+    target = {"objective__name": "aaae", "objective__target": "patches", "objective__patch_size": 4}
+    changes = target | {"model__decoder": "mlp", "objective__components": 32, "objective__stages": 2}
+    (one,), two = (run_script(tmp_path / name, ranks, **changes) for name, ranks in (("one", 1), ("two", 2)))
+    for other in two:
+        for a, b in zip(sum(one, []), sum(other, []), strict=True):
+            assert (a - b).norm() < 1e-9 * a.norm()
 
 
 def children(pid: int) -> list[int]:
