@@ -7,7 +7,7 @@ __all__ = ['BOOLEANS', 'OPTIONS', 'EVALUATE', 'TRANSFER', 'COMMANDS', 'comments_
            'new_parser', 'parse', 'base_config', 'add_preset', 'method_fields', 'add_config', 'read_config',
            'cmd_pretrain', 'add_task', 'choose_task', 'read_data', 'measure', 'show', 'cmd_evaluate', 'cmd_transfer',
            'cmd_detect', 'cmd_data', 'cmd_doctor', 'cmd_results', 'cmd_report', 'cmd_demo', 'cmd_bench', 'cmd_study',
-           'cmd_embed', 'cmd_export', 'usage', 'run_command', 'failure', 'main']
+           'cmd_compare', 'cmd_embed', 'cmd_export', 'usage', 'run_command', 'failure', 'main']
 
 # %% ../nbs/8_tools/08_cli.ipynb #439d913d
 import ast
@@ -557,6 +557,34 @@ def cmd_study(argv: list[str]):
         return print(dry_run(name, config, args.out, options))
     study(name, config, args.out, options, args.retry, args.executor, args.jobs, args.slurm)
     print(study_text(name, config, args.out, options))
+
+# %% ../nbs/8_tools/08_cli.ipynb #comparecmd
+def cmd_compare(argv: list[str]):
+    "Trains and measures AAVAE and other methods side by side, on one encoder and one budget."
+    from aavae.studies.compare import Budget, compare, compare_jobs, compare_text, method_names
+    from aavae.studies.plan import Options
+    from aavae.studies.results import points
+    from aavae.studies.runner import Executor
+
+    parser = new_parser("compare", "Train and measure methods side by side, or what is left of it, and write tables.")
+    add = parser.add_argument
+    add_preset(parser)
+    add("--methods", type=str, default="all", help="all, or names such as aavae,simclr,byol")
+    add("--scale", type=str, default="small", help="small: for two CPU cores; paper: the preset as it is")
+    add("--budget", type=str, required=True, help="of each run: views=450000, passes=450000 or minutes=10")
+    add("--seeds", type=tuple[int, ...], default=(0,), help="one pretraining each, '[0, 1, 2]' say")
+    add("--out", type=str, required=True, help="folder of the comparison")
+    add("--retry", type=bool, default=False, help="repeat what failed")
+    add("--executor", type=str, default="here", help="here: one run after another; local: several at a time; slurm")
+    add("--jobs", type=int, default=1, help="runs at a time, with --executor local or slurm")
+    add("--slurm", type=dict, default={}, help="settings for submitit, '{slurm_partition: gpu, timeout_min: 600}' say")
+    add_config(parser, argv, _study_base(argv))
+    args = parse(parser, argv)
+    base, seeds = read_config(args, parser), Options(seeds=args.seeds).seeds
+    names, budget = method_names(args.methods), Budget.read(args.budget)
+    compare(names, base, args.out, budget, seeds, Executor(args.executor, args.jobs, args.slurm), args.retry)
+    found = points(args.out, [job.name for job in compare_jobs(names, base, budget, seeds)])
+    print(f"{compare_text(found, 'text')}\n\nTables and figure: {args.out}/compare.md, compare.html")
 
 # %% ../nbs/8_tools/08_cli.ipynb #7c04dd19
 def cmd_embed(argv: list[str]):

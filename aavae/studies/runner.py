@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUDGET', 'Failures', 'Journal', 'train_job', 'measurements', 'run_job', 'check', 'state', 'Executor', 'spread',
-           'study_points', 'made_with', 'summary', 'write_study', 'study_text', 'study', 'Speeds', 'views_of',
-           'share_left', 'dry_run']
+           'study_points', 'made_with', 'summary', 'write_study', 'study_text', 'Place', 'carry_out', 'study', 'Speeds',
+           'views_of', 'share_left', 'dry_run']
 
 # %% ../../nbs/6_studies/05_runner.ipynb #studieim
 import json
@@ -318,6 +318,42 @@ def study_text(name: str, base: Config, out: str | Path, options: Options | None
     return f"{summary(name, found, 'text')}\n\nThe figure: {out / name}.html"
 
 # %% ../../nbs/6_studies/05_runner.ipynb #c2d95f13
+@dataclass(frozen=True)
+class Place:
+    "Where jobs are done, and whether those that failed are done again."
+
+    out: Path
+    executor: Executor
+    retry: bool = False
+
+
+def carry_out(label: str, todo: list[Job], place: Place, write: Callable[[], Path]) -> Path:
+    """Does the jobs, or what is left of them, and lets `write` make their table, whose path it returns.
+
+    Raises `InputError` for what the user can mend, `Failed` at the end if a job failed, `Interrupted` at a signal."""
+    out = place.out
+    if out.is_file() or (out / "config.yaml").exists():
+        what = "a file" if out.is_file() else "a run"
+        raise InputError(f"{out} is {what}; choose another --out, a folder for the runs of the study")
+    check(todo, out)
+    load_data(todo[0].config.data)
+    if place.executor.name == "here":
+        problems = _do_here(progress(todo, label, unit="run", delay=0, leave=True), out, place.retry)
+    else:
+        problems = spread(todo, out, place.retry, place.executor)
+    failures = {job: reasons for job, reasons in problems.items() if reasons}
+    if not failures:
+        return write()
+    with suppress(InputError):  # where nothing was recorded, for the reason that is told below
+        write()
+    job, reasons = next(iter(failures.items()))
+    first = next(iter(reasons.values()))
+    raise Failed(
+        f"{len(failures)} of {len(todo)} runs of the study have failures, the first in {job} ({first}); "
+        "mend the cause and repeat with --retry true"
+    )
+
+
 def study(
     name: str,
     base: Config,
@@ -334,27 +370,7 @@ def study(
     `Interrupted` after a signal."""
     out, todo = Path(out), plan(name, base, options or Options())
     place = Executor(executor, jobs, slurm)
-    if out.is_file() or (out / "config.yaml").exists():
-        what = "a file" if out.is_file() else "a run"
-        raise InputError(f"{out} is {what}; choose another --out, a folder for the runs of the study")
-    check(todo, out)
-    load_data(base.data)
-    if executor == "here":
-        shown = progress(todo, f"study {name}", unit="run", delay=0, leave=True)
-        problems = _do_here(shown, out, retry)
-    else:
-        problems = spread(todo, out, retry, place)
-    failures = {job: reasons for job, reasons in problems.items() if reasons}
-    if not failures:
-        return write_study(name, todo, out)
-    with suppress(InputError):  # where nothing was recorded, for the reason that is told below
-        write_study(name, todo, out)
-    job, reasons = next(iter(failures.items()))
-    first = next(iter(reasons.values()))
-    raise Failed(
-        f"{len(failures)} of {len(todo)} runs of the study have failures, the first in {job} ({first}); "
-        "mend the cause and repeat with --retry true"
-    )
+    return carry_out(f"study {name}", todo, Place(out, place, retry), lambda: write_study(name, todo, out))
 
 # %% ../../nbs/6_studies/05_runner.ipynb #aa81ba18
 class Speeds:
