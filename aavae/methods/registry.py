@@ -31,6 +31,7 @@ METHODS = {
     "byol": Entry("BYOL", "BYOL"),
     "simsiam": Entry("SimSiam", "SimSiam"),
     "barlow": Entry("Barlow Twins", "BarlowTwins"),
+    "vicreg": Entry("VICReg", "VICReg"),
     "rotation": Entry("rotation", "Rotation"),
     "supervised": Entry("supervised", "Supervised"),
 }
