@@ -60,6 +60,14 @@ def test_sidebar(site):
     assert ">More</span>" not in first, "a notebook belongs to no section of _quarto.yml"
 
 
+def test_guide_names_every_notebook():
+    "The book in the guide leaves no notebook of the package out, and names none that is gone."
+    guide = (ROOT / "nbs" / "guide.ipynb").read_text()
+    named = set(re.findall(r"\]\((\d_\w+/\w+\.ipynb)\)", guide))
+    there = {str(p.relative_to(ROOT / "nbs")) for p in (ROOT / "nbs").glob("[0-9]_*/*.ipynb")}
+    assert named == there
+
+
 class Page(HTMLParser):
     "The anchors of a page, and the addresses that it links to or loads."
 
