@@ -169,7 +169,7 @@ def _label(listing: Listing, split: str, folder: Path):
         loose = next(p for p in paths if p.parent == folder)
         raise InputError(f"{loose} lies in no class folder; move it into one or remove it")
     if unknown:
-        raise InputError(f"{folder} has {unknown[0]!r}, which is no class folder of train; rename or remove it")
+        raise InputError(f"{folder} has {unknown[0]!r}, of which train has no images; rename or remove it")
     if missing := [name for name in listing.classes if name not in known]:
         listing.notes.append(f"{folder} has no images of {len(missing)} classes: {', '.join(missing[:8])}")
     listing.labels[split] = torch.tensor([number[name] for name in names])

@@ -63,7 +63,7 @@ def _check_classes(train: dict[str, list[str]], val: dict[str, list[str]], folde
     "Raises `InputError` if `val` has a class that `train` has not."
     unknown = [c for c, names in val.items() if names and c not in train]
     if unknown:
-        raise InputError(f"{folder} has {unknown[0]!r}, which is no class folder of train; rename or remove it")
+        raise InputError(f"{folder} has {unknown[0]!r}, of which train has no images; rename or remove it")
 
 # %% ../nbs/1_images/09_imagenet.ipynb #imnetld2
 def _named(classes: list[str], n_train: int, n_val: int) -> tuple[str, str]:

@@ -9,6 +9,7 @@ __all__ = ['PREFETCH', 'Share', 'Batches', 'shared_memory_free', 'shm_needed', '
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -147,6 +148,17 @@ def _unchanged(batch):
     return batch
 
 # %% ../nbs/3_training/08_loader.ipynb #3a8a2dba
+def _start(loader) -> Iterator:
+    """The loader's iterator, with the handler of SIGCHLD as it was.
+
+    PyTorch's raises wherever the main thread happens to be; without it, a dead worker is found by `next`."""
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    source = iter(loader)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return source
+
+
 class StepLoader:
     """Yields the batches of steps `position` to `total - 1`, micro-batch by micro-batch.
 
@@ -193,7 +205,7 @@ class StepLoader:
             worker_init_fn=_leave_signals,
             collate_fn=_as_bytes if through_pipe else _unchanged,
         )
-        self.source = iter(loader)
+        self.source = _start(loader)
         return self.source
 
     def _short_of_shared_memory(self) -> bool:

@@ -200,7 +200,9 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
         records = json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, RecursionError) as e:
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror or e}); choose another file") from e
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path} is not a list of records ({e}); mend or delete it") from e
     if not isinstance(records, list):
         raise InputError(f"{path} is not a list of records; mend or delete it")
