@@ -456,7 +456,7 @@ class EmbeddingMap(RunExplorer):
 
     def open_figure(self, key: tuple[str, int]):
         points, *titles = self.maps[key]
-        self.figure, box = live(embedding_map(points, self.labels, self.data.classes, titles))
+        self.figure, box = live(embedding_map(points, self.labels, self.data.classes, titles), tools=True)
         trace = self.figure.data[0]
         trace.on_hover(lambda _, points, state: self.hover(points.point_inds))
         trace.on_selection(lambda _, points, state: self.select(points.point_inds))

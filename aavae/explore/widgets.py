@@ -260,12 +260,12 @@ class Fit(anywidget.AnyWidget):
     } };"""
 
 
-def live(fig: go.Figure) -> tuple[go.FigureWidget, W.VBox]:
-    "The figure as a widget that can be changed, and a box that it fills."
+def live(fig: go.Figure, tools: bool = False) -> tuple[go.FigureWidget, W.VBox]:
+    "The figure as a widget that can be changed, and a box that it fills; `tools`: with Plotly's bar, over the top."
     figure = go.FigureWidget(
         fig.update_layout(autosize=True, modebar=dict(bgcolor=CLEAR, color=TEXT, activecolor=COLOURS[0]))
     )
-    figure._config = figure._config | {"responsive": True, "displaylogo": False}
+    figure._config = figure._config | {"responsive": True, "displaylogo": False, "displayModeBar": tools}
     return figure, W.VBox([figure, Fit()], layout=W.Layout(width="100%", min_width="0", overflow="hidden"))
 
 
@@ -319,13 +319,14 @@ def open_runs(runs) -> dict[str, Run]:
     if isinstance(runs, (str, Path, Run)):
         runs = [runs]
     if not isinstance(runs, dict):
+        runs = list(runs)
         paths = [r.path if isinstance(r, Run) else Path(r) for r in runs]
         short = [path.resolve().name for path in paths]
         names = [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
-        runs = dict(zip(names, paths, strict=True))
+        runs = dict(zip(names, runs, strict=True))
     opened, shared = {}, {}
     for name, r in runs.items():
-        run = Run.load(r.path if isinstance(r, Run) else r)
+        run = Run.load(r.path, r.config.data.root) if isinstance(r, Run) else Run.load(r)
         key = str(run.config.data)
         if key not in shared:
             shared[key] = run.data()
