@@ -384,7 +384,7 @@ def _as_written(words: str, value: Any, text: Any) -> Any:
 
 def _file_types(texts: Any) -> dict[str, str]:
     "What the fields of a file may take: those of the objective that it names, of any if it names none."
-    if "method" not in texts:
+    if not isinstance(texts, dict) or "method" not in texts:
         return TYPES
     objective = texts.get("objective")
     return types_of(objective.get("name") if isinstance(objective, dict) else None)

@@ -378,7 +378,7 @@ case("Runs", "a run resumed on other images")(
 case("Runs", "a run whose images are gone")(lambda p: (shutil.rmtree(p.photos), p.resume())[1])
 case("Runs", "a run that another process is writing", busy=True)(lambda p: p.resume())
 case("Runs", "a run's configuration with a field of another version")(
-    lambda p: ((p.run / "config.yaml").open("a").write("  optimizer: sgd\n"), ["evaluate", "knn", p.run])[1]
+    lambda p: ((p.run / "config.yaml").open("a").write("  amsgrad: true\n"), ["evaluate", "knn", p.run])[1]
 )
 case("Runs", "an encoder that is not there")(
     lambda p: ((p.run / "encoder.safetensors").unlink(), ["evaluate", "knn", p.run])[1]
