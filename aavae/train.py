@@ -89,9 +89,8 @@ def fit(t: Training):
     optimizer = make_optimizer(t.method.to(device), train, device)
     ema = EMA(t.method, train.ema if t.processes.is_main else None)
     keeper = Keeper(t.run, t.data, t.total, steps_per_epoch, t.processes)
-    metrics = Metrics(
-        t.run.path / "metrics.csv", t.processes, steps_per_epoch, train.batch_size * t.method.views_per_image
-    )
+    views_per_step = train.batch_size * t.method.views_per_image
+    metrics = Metrics(t.run.path / "metrics.csv", t.processes, steps_per_epoch, views_per_step)
     look = make_look(t)
     milestones = {epoch * steps_per_epoch: epoch for epoch in train.keep_at_epochs}
     restore(t, optimizer, ema, keeper)

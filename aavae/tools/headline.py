@@ -65,7 +65,7 @@ def _sampling(small: list[Point], large: list[Point]) -> str:
     d, e = reading(large, "aavae"), reading(large, "aaae")
     if d and e:
         text += f"; on the GPU {e} and {d}"
-    return f"{text}. The paper's weak AAAE comes from its code, which asked for the view in place of the original: {c}."
+    return f"{text}. The paper's weak AAAE is that of its code, which asked for the view in place of the original: {c}."
 
 
 def _target(small: list[Point], recipe: list[Point]) -> str:
@@ -140,8 +140,8 @@ def headline_figure(root: str | Path) -> go.Figure:
     fig.update_xaxes(
         type="log",
         title_text="views seen",
-        tickvals=[2e5, 5e5, 1e6, 2e6, 3e6],
-        ticktext=["200k", "500k", "1M", "2M", "3M"],
+        tickvals=[5e4, 1e5, 2e5, 5e5, 1e6, 2e6, 3e6],
+        ticktext=["50k", "100k", "200k", "500k", "1M", "2M", "3M"],
     )
     fig.update_yaxes(title_text="linear probe, top-1 (%)", range=[30, 68])
     return fig.update_layout(
