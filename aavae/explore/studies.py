@@ -237,7 +237,7 @@ class DensityExplorer(RecordExplorer):
         for control in controls:
             control.index = 0
         self.said, self.point = W.HTML(), W.HTML()
-        self.figure, plot = live(density_panels(self.variants))
+        self.figure, plot = live(density_panels(self.variants), tools=True)
         for i in range(len(self.variants)):
             self.listen(i)
         return [panel(controls), plot, self.said, self.point]
