@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 
 import numpy as np
 import torch
@@ -223,7 +224,9 @@ class StepLoader:
         return True
 
     def _worker_died(self) -> bool:
-        return any(not worker.is_alive() for worker in getattr(self.source, "_workers", ()))
+        "Whether a worker is dead. Its pipe may close a moment before the system says so."
+        workers = getattr(self.source, "_workers", ())
+        return bool(workers and connection.wait([worker.sentinel for worker in workers], timeout=1))
 
     def close(self):
         "Ends the workers, now and not when Python gets to it."
