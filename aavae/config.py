@@ -169,8 +169,7 @@ class Config:
     @property
     def decodes(self) -> bool:
         "Whether the run has a decoder that returns images."
-        images = self.objective.show_pixels or not self.objective.has_features
-        return images and not is_method(self.objective.name)
+        return self.objective.decodes and not is_method(self.objective.name)
 
     def flat(self) -> dict[str, Any]:
         "Every field by its dotted name."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGVAR_LIMIT', 'SWITCHES', 'METHOD_SWITCHES', 'posterior_std', 'reparameterize', 'gaussian_log_likelihood',
-           'gaussian_kl', 'Switches', 'ObjectiveConfig']
+           'log_density', 'gaussian_kl', 'Switches', 'ObjectiveConfig']
 
 # %% ../nbs/2_model/03_loss.ipynb #8688d9bf
 import math
@@ -36,11 +36,16 @@ def reparameterize(mu: Tensor, std: Tensor, noise: Tensor) -> Tensor:
 # %% ../nbs/2_model/03_loss.ipynb #7ab556f6
 def gaussian_log_likelihood(x: Tensor, mean: Tensor, logscale: Tensor | float = 0.0) -> Tensor:
     "log p(x | z) of images `x (n, c, h, w)` under N(mean, scale^2), summed over pixels, in nats: `(n,)`."
-    logscale = torch.as_tensor(logscale, dtype=x.dtype, device=x.device)
-    scale = torch.exp(logscale / 2) + 1e-6
     error = (x - mean).square().sum((1, 2, 3))  # (n,)
-    normalisation = torch.log(scale) + 0.5 * math.log(2 * math.pi)  # of one pixel
-    return -0.5 * error / scale**2 - x[0].numel() * normalisation
+    return log_density(error, x[0].numel(), logscale)
+
+
+def log_density(error: Tensor, dims: int, logscale: Tensor | float) -> Tensor:
+    "log N(x; mean, scale^2) of vectors of `dims` numbers, from their squared distances to the mean `(n,)`: `(n,)`."
+    logscale = torch.as_tensor(logscale, dtype=error.dtype, device=error.device)
+    scale = torch.exp(logscale / 2) + 1e-6
+    normalisation = torch.log(scale) + 0.5 * math.log(2 * math.pi)  # of one number
+    return -0.5 * error / scale**2 - dims * normalisation
 
 
 def gaussian_kl(mu: Tensor, std: Tensor) -> Tensor:
@@ -129,6 +134,11 @@ class ObjectiveConfig:
     def has_features(self) -> bool:
         "Whether the target is a vector of features, and no image."
         return self.target in ("patches", "hog", "codes")
+
+    @property
+    def decodes(self) -> bool:
+        "Whether an autoencoder with this objective has a decoder of images."
+        return self.show_pixels or not self.has_features
 
     def _check_unset(self):
         "Raises `InputError` if a field is set that a method beside the autoencoders does not have."

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import Split
-from .loss import ObjectiveConfig
+from .loss import ObjectiveConfig, log_density
 from .rng import normal, permutation, uniform
 
 # %% ../nbs/2_model/04_targets.ipynb #5abaa941
@@ -171,11 +171,24 @@ def _covariance(chunks: Chunks) -> tuple[Tensor, Tensor]:
     return shift + off, products / n - torch.outer(off, off)
 
 
+def _moments(chunks: Chunks) -> tuple[Tensor, Tensor, int]:
+    "Mean `(d,)` and the sum of all variances of features, float64, and how many there are, in one pass."
+    n, shift = 0, None
+    for f in chunks():
+        if shift is None:
+            shift = f.double().mean(0)
+            total, square = torch.zeros_like(shift), torch.zeros_like(shift[0])
+        difference = f - shift
+        total += difference.sum(0)
+        square += difference.square().sum()
+        n += len(f)
+    off = total / n
+    return shift + off, square / n - off.square().sum(), n
+
+
 def _subspace(chunks: Chunks, k: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Mean, `k` leading directions, their variances and the sum of all variances of features, without their covariance."
-    n = sum(len(f) for f in chunks())
-    mean = sum(f.double().sum(0) for f in chunks()) / n
-    total = sum((f - mean).double().square().sum() for f in chunks()) / n
+    mean, total, n = _moments(chunks)
     wide = min(k + 32, len(mean), n)
     start = normal(seed, FIT, torch.arange(len(mean)), 0, wide).to(mean.device)
     basis = torch.linalg.qr(start).Q  # (d, wide)
@@ -208,7 +221,7 @@ LEAST = 1e-3  # least variance of a direction, as a share of the mean variance
 def scaling(c: Components, whitening: float, dims: int) -> tuple[Tensor, float]:
     """Factors `(k,)` of the components, and one for each of the other `dims - k` directions, if any count.
 
-    They are variance^(-whitening / 2), times a number that keeps the mean square, or makes it 1 of bare components."""
+    They are variance^(-whitening / 2), times a number that keeps the mean square."""
     others = dims - len(c.variances)
     least = LEAST * (c.variances.sum().item() + others * c.rest) / dims
     variances, rest = c.variances.double().clamp(min=least), max(c.rest, least)
@@ -253,15 +266,12 @@ class Target(nn.Module):
     def use(self, c: Components):
         "Takes the components `c`, and scales them."
         scale, rest_scale = scaling(c, self.whitening, self.dims)
-        if not self.is_density:
+        if not self.is_density:  # the scale of features means nothing: their mean square becomes 1
             scale = scale * math.sqrt(self.size / c.variances.sum().item())
-        for name, value in {
-            "mean": c.mean,
-            "directions": c.directions,
-            "variances": c.variances,
-            "scale": scale,
-        }.items():
-            getattr(self, name).copy_(value)
+        self.mean.copy_(c.mean)
+        self.directions.copy_(c.directions)
+        self.variances.copy_(c.variances)
+        self.scale.copy_(scale)
         self.rest_scale.fill_(rest_scale)
 
     @torch.no_grad()
@@ -304,10 +314,7 @@ class Target(nn.Module):
 
     def log_likelihood(self, error: Tensor, logscale: Tensor) -> Tensor:
         "log p(t | z), of pixels log p(x | z), from squared errors `(n,)`, in nats: `(n,)`."
-        logscale = logscale.to(error.dtype)
-        scale = torch.exp(logscale / 2) + 1e-6
-        normalisation = torch.log(scale) + 0.5 * math.log(2 * math.pi)
-        return -0.5 * error / scale**2 - self.dims * normalisation + self.log_volume()
+        return log_density(error, self.dims, logscale) + self.log_volume()
 
     def log_volume(self) -> Tensor | float:
         "Log-determinant of the map from pixels to t; 0 for features, whose density is that of t."
@@ -328,7 +335,6 @@ class Codes(nn.Module):
 
     table = None
     is_density = False
-    log_likelihood, log_volume = Target.log_likelihood, Target.log_volume
 
     def __init__(self, size: int, seed: int):
         super().__init__()
@@ -345,6 +351,10 @@ class Codes(nn.Module):
         "The codes `(n, k)` of images `index (n,)`, and nothing that is left out."
         codes = normal(self.seed, FIT, index, 0, self.size)
         return codes, codes.new_zeros(len(codes))
+
+    def log_likelihood(self, error: Tensor, logscale: Tensor) -> Tensor:
+        "log p(code | z) from squared errors `(n,)`, in nats: `(n,)`."
+        return log_density(error, self.dims, logscale)
 
 
 FEATURES: dict[str, Callable[[ObjectiveConfig, int], nn.Module]] = {

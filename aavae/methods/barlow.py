@@ -40,10 +40,6 @@ class BarlowTwins(ViewMethod):
         self.head = heads.BarlowTwinsProjectionHead(setting.encoder.dim, size, size)
         self.criterion = losses.BarlowTwinsLoss(options.redundancy, gather_distributed=True)
 
-    def networks(self, views: list[Tensor]) -> tuple[Tensor, ...]:
-        "Two projections `(n, size)`."
-        return tuple(self.head(self(x)) for x in views)
-
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
         "Equation 1, times `scale`; the correlation is that of all processes."
         return self.scale * self.criterion(z1, z2)

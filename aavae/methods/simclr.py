@@ -39,10 +39,6 @@ class SimCLR(ViewMethod):
         self.head = heads.SimCLRProjectionHead(dim, hidden, options.output_dim, batch_norm=options.batch_norm)
         self.criterion = losses.NTXentLoss(options.temperature, gather_distributed=True)
 
-    def networks(self, views: list[Tensor]) -> tuple[Tensor, ...]:
-        "Two projections `(n, output_dim)`."
-        return tuple(self.head(self(x)) for x in views)
-
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
         "Equation 1, averaged over the 2n views; negatives are those of all processes."
         return self.criterion(z1, z2)

@@ -57,7 +57,7 @@ class Supervised(ViewMethod):
         return F.cross_entropy(scores, labels, label_smoothing=self.smoothing)
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
-        "The loss of a batch, and the share of its images that are named right."
+        "The loss of a batch, whose labels its index finds."
         (scores,) = self.networks(self.views_of(batch))
         labels = self.labels[batch[1]]
         with torch.autocast(scores.device.type, enabled=False):

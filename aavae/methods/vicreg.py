@@ -41,10 +41,6 @@ class VICReg(ViewMethod):
         self.head = heads.VICRegProjectionHead(setting.encoder.dim, size, size, num_layers=3)
         self.criterion = losses.VICRegLoss(*weights, gather_distributed=True)
 
-    def networks(self, views: list[Tensor]) -> tuple[Tensor, ...]:
-        "Two projections `(n, size)`."
-        return tuple(self.head(self(x)) for x in views)
-
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
         "The three terms; statistics are those of all processes."
         return self.criterion(z1, z2)

@@ -22,7 +22,7 @@ from ..files import atomic
 from ..method import Method
 from ..methods.registry import METHODS, check_name, title
 from .plan import PROBES, Job, Options, budgeted, of_untrained
-from .results import Point, column, points, spread_over_seeds
+from .results import Point, column, plus_minus, points, spread_over_seeds
 from .runner import Executor, Place, carry_out
 from ..words import format_table
 
@@ -127,17 +127,21 @@ def at_equal(found: list[Point], axis: str) -> tuple[float, list[dict[str, str]]
     if not lines:
         raise InputError("there are no accuracies to compare yet; the runs failed or are being made elsewhere")
     common = min(x[-1] for x, _ in lines)
-    rows, order = [], {}
-    for name in next(iter(read.values())):
+
+    def values_of(name: str, measured: str) -> list[float]:
+        return [100 * float(np.interp(common, x, y)) for x, y in read[measured].get(name, [])]
+
+    def first_mean(name: str) -> float:
+        return spread_over_seeds(values_of(name, columns[0]))[0]
+
+    rows = []
+    for name in sorted(read[columns[0]], key=first_mean, reverse=True):
         row = {"method": title(name), "seeds": str(len(read[columns[0]][name]))}
         for measured in columns:
-            values = [float(np.interp(common, x, y)) for x, y in read[measured].get(name, [])]
-            mean, spread = spread_over_seeds(values) if values else (0.0, None)
-            order.setdefault(id(row), mean)
-            shown = f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
-            row[measured] = shown if values else ""
+            values = values_of(name, measured)
+            row[measured] = plus_minus(*spread_over_seeds(values)) if values else ""
         rows.append(row)
-    return common, sorted(rows, key=lambda row: -order[id(row)])
+    return common, rows
 
 
 def costs(found: list[Point]) -> list[dict[str, str]]:

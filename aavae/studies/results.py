@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Point', 'DETECTION', 'POSTERIOR', 'UNSHOWN', 'BUDGET', 'run_points', 'points', 'final', 'column', 'spread_over_seeds',
-           'Row', 'study_table', 'folded']
+           'Row', 'plus_minus', 'study_table', 'folded']
 
 # %% ../../nbs/6_studies/03_results.ipynb #studieim
 import os
@@ -142,13 +142,13 @@ class Row:
             "views seen": " to ".join(f"{v:,}" for v in views),
             "seeds": str(len(self.seeds)),
         }
-        shown = {c: _plus_minus([*self.values[c].values()]) for c in columns if c in self.values}
+        shown = {c: plus_minus(*spread_over_seeds([*self.values[c].values()])) for c in columns if c in self.values}
         return about | shown | self.paper
 
 
-def _plus_minus(values: list[float]) -> str:
-    middle, deviation = spread_over_seeds(values)
-    return f"{middle:.2f}" if deviation is None else f"{middle:.2f} ± {deviation:.2f}"
+def plus_minus(middle: float, deviation: float | None, decimals: int = 2) -> str:
+    "A mean and its standard deviation, if there is one, as text."
+    return f"{middle:.{decimals}f}" if deviation is None else f"{middle:.{decimals}f} ± {deviation:.{decimals}f}"
 
 # %% ../../nbs/6_studies/03_results.ipynb #7c7bbd50
 def study_table(found: list[Point]) -> list[dict[str, str]]:

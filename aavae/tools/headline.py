@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 
 from ..explore.figures import Look, curve_trace, gathered, over_views, picture
 from ..explore.plots import TEXT, style
-from ..studies.results import Point, column, points, spread_over_seeds
+from ..studies.results import Point, column, plus_minus, points, spread_over_seeds
 from ..words import factor
 
 # %% ../../nbs/8_tools/11_headline.ipynb #9728c3ef
@@ -30,7 +30,7 @@ class Reading(NamedTuple):
     views: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" if self.deviation is None else f"{self.mean:.1f} ± {self.deviation:.1f}"
+        return plus_minus(self.mean, self.deviation, decimals=1)
 
 
 def reading(
