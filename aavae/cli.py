@@ -19,6 +19,7 @@ import textwrap
 import tokenize
 import traceback
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -64,6 +65,7 @@ def comments_in(source: str) -> dict[str, str]:
     return found
 
 
+@cache
 def field_comments(cls: type) -> dict[str, str]:
     "The comment beside each field of a dataclass, inherited fields included."
     found = {}

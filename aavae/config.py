@@ -12,6 +12,7 @@ import difflib
 import sys
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -270,13 +271,22 @@ def config_parser(parser=None, defaults: Config | None = None, objective: str | 
     parser = parser or ArgumentParser(exit_on_error=False, allow_abbrev=False)
     defaults = defaults or Config()
     objective = objective or defaults.objective.name
-    if objective != defaults.objective.name:
-        defaults = replace(defaults, method=options_of(objective)())
     for section, cls in sections_of(objective).items():
         if fields(cls):
             parser.add_class_arguments(cls, section)
-    parser.set_defaults(defaults.flat())
+    parser.set_defaults(_defaults_for(objective, defaults).flat())
     return parser
+
+
+def _defaults_for(objective: str, defaults: Config) -> Config:
+    "`defaults` with the section `method` of an objective."
+    return defaults if objective == defaults.objective.name else replace(defaults, method=options_of(objective)())
+
+
+@cache
+def _parser_of(objective: str):
+    "The parser of a configuration of an objective. To make one takes as long as to use it."
+    return config_parser(objective=objective)
 
 
 def parsed_config(parser, parsed, objective: str) -> Config:
@@ -332,8 +342,9 @@ def make_config(values: dict[str, Any], defaults: Config | None = None) -> Confi
     from jsonargparse import ArgumentError
 
     types = types_of(objective)
-    values = {name: _spelled(types[name], value) for name, value in values.items()}
-    parser = config_parser(defaults=defaults, objective=objective)
+    given = {name: _spelled(types[name], value) for name, value in values.items()}
+    values = _defaults_for(objective, defaults).flat() | given
+    parser = _parser_of(objective)
     try:
         parsed = parser.parse_object(_nested(values))
         for name, value in values.items():

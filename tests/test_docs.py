@@ -1,7 +1,6 @@
 "The documentation, built once: its sidebar, its links, its reference pages, and every page in a browser."
 
 import re
-import resource
 import subprocess
 import sys
 from functools import partial
@@ -20,10 +19,10 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    "The site, built by `aavae_docs`; it takes less than a minute of one core."
+    "The site, built by `aavae_docs`."
     for needed in ("nbdev", "sphinx", "myst_nb", "furo", "latex2mathml"):
         pytest.importorskip(needed)
-    out, before = tmp_path_factory.mktemp("docs") / "site", resource.getrusage(resource.RUSAGE_CHILDREN)
+    out = tmp_path_factory.mktemp("docs") / "site"
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from aavae.tools.docs import main; sys.exit(main())", "--out", str(out)],
         cwd=ROOT,
@@ -33,8 +32,6 @@ def site(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr and "ERROR" not in done.stderr, done.stderr
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
     return out
 
 

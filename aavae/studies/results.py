@@ -25,13 +25,14 @@ Point = dict[str, Any]  # a record, with `run`, `variant`, `config` (flat) and `
 def run_points(folder: Path) -> list[Point]:
     "Every record of the run in `folder`, with `run`, `variant`, `config` (flat) and `path` added."
     config = Run.load(folder).config
+    flat = config.flat()
     name = Path(os.path.abspath(folder)).name
     seed = config.train.seed
     variant = name.removesuffix(f"-seed{seed}").removesuffix(f"-s{seed}")
     found = []
     for record in read_records(folder / "results.json"):
         shown = "untrained" if record["untrained"] else variant
-        found.append(record | {"run": name, "variant": shown, "config": config.flat(), "path": folder})
+        found.append(record | {"run": name, "variant": shown, "config": flat, "path": folder})
     return found
 
 
