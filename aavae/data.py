@@ -27,7 +27,7 @@ from .rng import permutation
 
 # %% ../nbs/1_images/07_data.ipynb #07d383f3
 NAMES = (
-    *("digits", "cifar10", "cifar100", "svhn", "stl10", "imagenet"),
+    *("digits", "cifar10", "cifar10-mini", "cifar100", "svhn", "stl10", "imagenet"),
     *("folder", "parquet", "hf", "webdataset", "torchvision:NAME"),
 )
 
@@ -36,10 +36,9 @@ NAMES = (
 class DataConfig:
     "Which images, and how they are split."
 
-    name: str = (
-        "digits"  # digits, cifar10, cifar100, svhn, stl10, imagenet, folder, parquet, hf, webdataset, torchvision:NAME
-    )
-    root: str | Path | None = None  # folder that holds it; digits need none
+    # digits, cifar10, cifar10-mini, cifar100, svhn, stl10, imagenet, folder, parquet, hf, webdataset, torchvision:NAME
+    name: str = "digits"
+    root: str | Path | None = None  # folder that holds it; digits and cifar10-mini need none
     download: bool = False  # fetch a data set that torchvision knows into `root` if it is not there
     image_size: int | None = None  # side in pixels; by default the data set's own (digits: 16)
     # images held out where there is no `val/`; by default a tenth, at most 5,000 of ImageNet
@@ -315,6 +314,7 @@ LABELS = {
     "cifar100": "CIFAR-100",
     "svhn": "SVHN",
     "cifar10-jpeg": "CIFAR-10 (JPEG q75)",
+    "cifar10-mini": "CIFAR-10 mini (JPEG q75)",
     "stl10": "STL-10",
     "imagenet": "ImageNet",
     "tiny-imagenet-scenes": "Tiny ImageNet (20 scene classes)",
