@@ -28,6 +28,7 @@ class Entry(NamedTuple):
 
 METHODS = {
     "simclr": Entry("SimCLR", "SimCLR"),
+    "moco": Entry("MoCo v2", "MoCo"),
     "byol": Entry("BYOL", "BYOL"),
     "simsiam": Entry("SimSiam", "SimSiam"),
     "barlow": Entry("Barlow Twins", "BarlowTwins"),
