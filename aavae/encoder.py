@@ -47,6 +47,14 @@ class _StridedConv(nn.Conv2d):
         return F.conv2d(x, self.weight)
 
 
+class _HalvingConv(nn.Conv2d):
+    "A 3x3 convolution of stride 2. Of a single pixel it takes the stride 1, which is the same."
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride = 1 if x.shape[-2:].numel() == 1 else self.stride
+        return F.conv2d(x, self.weight, None, stride, self.padding)
+
+
 def _stage(block: type, channels: int, planes: int, depth: int, stride: int) -> nn.Sequential:
     "`depth` residual blocks from `channels` to `planes * block.expansion`; the first has the stride."
     out = planes * block.expansion
@@ -55,6 +63,9 @@ def _stage(block: type, channels: int, planes: int, depth: int, stride: int) -> 
         conv = _StridedConv if channels < 16 else nn.Conv2d
         shortcut = nn.Sequential(conv(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
     first = block(channels, planes, stride, shortcut)
+    if stride != 1:
+        halving = first.conv1 if block is BasicBlock else first.conv2
+        halving.__class__ = _HalvingConv  # with the weights that it has drawn
     return nn.Sequential(first, *(block(out, planes) for _ in range(depth - 1)))
 
 # %% ../nbs/2_model/01_encoder.ipynb #c47dc2e4
@@ -82,14 +93,17 @@ class Encoder(nn.Module):
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, maps: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """h, or with `maps` the maps of the last two stages, `(n, d/2, s'/4, s'/4)` and `(n, d, s'/8, s'/8)`.
+
+        h is the mean of the last one over positions."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.maxpool(x)  # (n, c, s', s')
         x = self.layer1(x)
         x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.layer4(x)  # (n, d, s'/8, s'/8)
-        return x.mean((2, 3))  # (n, d)
+        third = self.layer3(x)  # (n, d/2, s'/4, s'/4)
+        last = self.layer4(third)  # (n, d, s'/8, s'/8)
+        return (third, last) if maps else last.mean((2, 3))  # (n, d)
 
 # %% ../nbs/2_model/01_encoder.ipynb #713cc5c5
 class Projection(nn.Module):

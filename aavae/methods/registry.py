@@ -34,6 +34,8 @@ METHODS = {
     "barlow": Entry("Barlow Twins", "BarlowTwins"),
     "vicreg": Entry("VICReg", "VICReg"),
     "rotation": Entry("rotation", "Rotation"),
+    "jigsaw": Entry("jigsaw", "Jigsaw"),
+    "relative_patch": Entry("relative patch", "RelativePatch"),
     "supervised": Entry("supervised", "Supervised"),
 }
 
