@@ -279,9 +279,11 @@ class Target(nn.Module):
         "Computes the targets of all images of a split once, if these are in memory. Their index then finds them."
         if split.images is None:
             return
-        parts = [self(self._normalised(split, part, normalize)) for part in torch.arange(len(split)).split(CHUNK)]
-        codes, rests = zip(*parts, strict=True)
-        self.table = Table(torch.cat(codes), torch.cat(rests))
+        n = len(split)
+        codes, rests = self.mean.new_empty(n, self.size), self.mean.new_empty(n)
+        for part in torch.arange(n).split(CHUNK):
+            codes[part], rests[part] = self(self._normalised(split, part, normalize))
+        self.table = Table(codes, rests)
 
     def _normalised(self, split: Split, index: Tensor, normalize: nn.Module) -> Tensor:
         return normalize(split.images_at(index).to(self.mean.device)).to(self.mean.dtype)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 
 def flags(**fields) -> list[str]:
@@ -133,7 +134,7 @@ def quick_aavae(tmp_path_factory):
     context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("out")
     context.set_forkserver_preload(PRELOAD)
 
-    def run(*args, timeout=120, memory=None):
+    def run(*args, timeout=300, memory=None):
         out, err = folder / "out", folder / "err"
         process = context.Process(target=_child, args=(list(map(str, args)), str(out), str(err), memory))
         process.start()
@@ -152,26 +153,30 @@ def quick_aavae(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def test_data(tmp_path_factory):
-    "test_data(name) is the folder of a real data set, unpacked once; skips where AAVAE_TEST_DATA has none."
-    unpacked = {}
+    """test_data(name) is the folder of a real data set, unpacked once for all processes of the session; skips where
+    AAVAE_TEST_DATA has none."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def find(name: str) -> Path:
-        if name in unpacked:
-            return unpacked[name]
         root = os.environ.get("AAVAE_TEST_DATA")
         if not root:
             pytest.skip(f"{name} needs AAVAE_TEST_DATA, the folder of the test data")
         folder, archive = Path(root) / name, Path(root) / f"{name}.tar.xz"
-        if not folder.is_dir():
-            if not archive.is_file():
-                pytest.skip(f"{root} holds no {name}")
-            target = tmp_path_factory.mktemp("data")
-            with tarfile.open(archive) as tar:
-                safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
-                tar.extractall(target, **safely)
-            folder = target / name
-        unpacked[name] = folder
-        return folder
+        if folder.is_dir():
+            return folder
+        if not archive.is_file():
+            pytest.skip(f"{root} holds no {name}")
+        unpacked = shared / "data" / name
+        with FileLock(shared / f"{name}.lock"):
+            if not unpacked.is_dir():
+                part = shared / "part"
+                with tarfile.open(archive) as tar:
+                    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
+                    tar.extractall(part / name, **safely)
+                unpacked.parent.mkdir(exist_ok=True)
+                (part / name / name).rename(unpacked)
+        return unpacked
 
     return find
 

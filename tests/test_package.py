@@ -173,7 +173,7 @@ def test_demo_page_in_a_browser(page, tmp_path):
     assert page.locator(".matrices .js-plotly-plot").count() == 5
 
 
-def test_report_in_a_browser(page, aavae, tmp_path):
+def test_report_in_a_browser(page, quick_aavae, tmp_path):
     "`aavae report` of one run: all sections, and the numbers that `view_similarity` computes."
     from aavae import Run, preset, pretrain
     from aavae.evaluation.similarity import view_similarity
@@ -185,7 +185,7 @@ def test_report_in_a_browser(page, aavae, tmp_path):
         tmp_path / "run",
         show_progress=False,
     ).evaluate("knn")
-    done = aavae("report", tmp_path / "run")
+    done = quick_aavae("report", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     path = tmp_path / "run" / "report.html"
     assert done.stdout.strip() == str(path) and path.stat().st_size < 6e6
@@ -212,7 +212,7 @@ def test_report_in_a_browser(page, aavae, tmp_path):
         assert np.allclose(z, view_similarity(Subject(run, untrained=untrained)).matrix, atol=0.0051)
 
 
-def test_report_of_a_bare_encoder(aavae, tmp_path):
+def test_report_of_a_bare_encoder(quick_aavae, tmp_path):
     "A run without checkpoint, metrics and data still gets its page, and one line for each part that it lacks."
     import re
 
@@ -227,7 +227,7 @@ def test_report_of_a_bare_encoder(aavae, tmp_path):
     config.write_text(
         config.read_text().replace("name: digits", "name: folder").replace("root: null", f"root: {tmp_path / 'gone'}")
     )
-    done = aavae("report", run.path)
+    done = quick_aavae("report", run.path)
     assert done.returncode == 0, done.stderr
     lines = re.findall(r'class="missing">(.*?)</p>', (run.path / "report.html").read_text())
     assert [line.split(":")[0] for line in lines] == [

@@ -30,19 +30,19 @@ SMALL = flags(
 
 
 @pytest.fixture(scope="module")
-def whole(aavae, cifar, tmp_path_factory):
+def whole(quick_aavae, cifar, tmp_path_factory):
     "A run that nothing disturbed."
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = aavae("pretrain", *SMALL, "--data.root", cifar, "--out", out)
+    done = quick_aavae("pretrain", *SMALL, "--data.root", cifar, "--out", out)
     assert done.returncode == 0, done.stderr
     return Run.load(out)
 
 
-def test_evaluations_store_records(aavae, whole):
+def test_evaluations_store_records(quick_aavae, whole):
     "Linear and kNN accuracy on the test split, with views seen and the label that says JPEG."
     for task in ("linear", "knn"):
         for untrained in ("false", "true"):
-            done = aavae("evaluate", task, whole.path, "--untrained", untrained)
+            done = quick_aavae("evaluate", task, whole.path, "--untrained", untrained)
             assert done.returncode == 0, done.stderr
     records = json.loads((whole.path / "results.json").read_text())
     assert [(r["task"], r["metric"], r["untrained"]) for r in records] == [
@@ -56,13 +56,13 @@ def test_evaluations_store_records(aavae, whole):
         )
         assert r["pretrain"]["views_seen"] == (0 if r["untrained"] else 8 * 15 * 32)
         assert 0 <= r["value"] <= 1 and len(r["provenance"]["config_sha256"]) == 64
-    table = aavae("results", whole.path.parent, "--format", "csv").stdout.splitlines()
+    table = quick_aavae("results", whole.path.parent, "--format", "csv").stdout.splitlines()
     assert len(table) == 1 + 6  # top-1 and top-5 share a row
 
 
-def test_other_data(aavae, whole, test_data):
+def test_other_data(quick_aavae, whole, test_data):
     "Another data set, without a test split: the record says that the validation split was measured."
-    done = aavae(
+    done = quick_aavae(
         "evaluate",
         "knn",
         whole.path,
@@ -82,24 +82,28 @@ def test_other_data(aavae, whole, test_data):
     )
 
 
-def test_finished_run_is_left_alone(aavae, cifar, whole):
+def test_finished_run_is_left_alone(quick_aavae, cifar, whole):
     before = whole.checkpoint.stat().st_mtime_ns
-    assert aavae("pretrain", *SMALL, "--data.root", cifar, "--out", whole.path).returncode == 2
-    assert aavae("pretrain", *SMALL, "--data.root", cifar, "--out", whole.path, "--resume", "true").returncode == 0
+    assert quick_aavae("pretrain", *SMALL, "--data.root", cifar, "--out", whole.path).returncode == 2
+    assert (
+        quick_aavae("pretrain", *SMALL, "--data.root", cifar, "--out", whole.path, "--resume", "true").returncode == 0
+    )
     assert whole.checkpoint.stat().st_mtime_ns == before
 
 
-def test_other_images_are_noticed(aavae, cifar, whole, tmp_path):
+def test_other_images_are_noticed(quick_aavae, cifar, whole, tmp_path):
     "Resuming on a folder whose images differ is refused."
     out, other = tmp_path / "run", tmp_path / "cifar10-jpeg"
     shutil.copytree(whole.path, out)
     shutil.copytree(cifar, other)
     next((other / "train").rglob("*.jpg")).unlink()
-    done = aavae("pretrain", *SMALL, "--data.root", other, "--out", out, "--resume", "true", "--train.max_epochs", "9")
+    done = quick_aavae(
+        "pretrain", *SMALL, "--data.root", other, "--out", out, "--resume", "true", "--train.max_epochs", "9"
+    )
     assert done.returncode == 2 and "are not those" in done.stderr
 
 
-def test_a_pickle_never_runs(aavae, cifar, whole, tmp_path):
+def test_a_pickle_never_runs(quick_aavae, cifar, whole, tmp_path):
     "A last.ckpt that is a pickle with code in it is refused with one line, and the code does not run."
 
     class Bomb:
@@ -108,14 +112,14 @@ def test_a_pickle_never_runs(aavae, cifar, whole, tmp_path):
 
     shutil.copytree(whole.path, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(pickle.dumps(Bomb()))
-    done = aavae("pretrain", "--out", tmp_path / "run", "--resume", "true", "--train.max_epochs", "9")
+    done = quick_aavae("pretrain", "--out", tmp_path / "run", "--resume", "true", "--train.max_epochs", "9")
     assert done.returncode == 2 and "is not a checkpoint of aavae" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "it ran").exists()
 
 
-def test_divergence_is_a_message(aavae, tmp_path):
+def test_divergence_is_a_message(quick_aavae, tmp_path):
     "A loss that becomes NaN ends in one line and exit code 1, and no checkpoint holds it."
-    done = aavae(
+    done = quick_aavae(
         "pretrain",
         "--out",
         tmp_path / "run",
