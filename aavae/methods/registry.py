@@ -29,10 +29,13 @@ class Entry(NamedTuple):
 METHODS = {
     "simclr": Entry("SimCLR", "SimCLR"),
     "moco": Entry("MoCo v2", "MoCo"),
+    "swav": Entry("SwAV", "SwAV"),
+    "dino": Entry("DINO", "DINO"),
     "byol": Entry("BYOL", "BYOL"),
     "simsiam": Entry("SimSiam", "SimSiam"),
     "barlow": Entry("Barlow Twins", "BarlowTwins"),
     "vicreg": Entry("VICReg", "VICReg"),
+    "lejepa": Entry("LeJEPA", "LeJEPA"),
     "rotation": Entry("rotation", "Rotation"),
     "jigsaw": Entry("jigsaw", "Jigsaw"),
     "relative_patch": Entry("relative patch", "RelativePatch"),
