@@ -29,7 +29,10 @@ class Entry(NamedTuple):
 METHODS = {
     "simclr": Entry("SimCLR", "SimCLR"),
     "moco": Entry("MoCo v2", "MoCo"),
+    "npid": Entry("NPID", "NPID"),
+    "pirl": Entry("PIRL", "PIRL"),
     "swav": Entry("SwAV", "SwAV"),
+    "deepcluster": Entry("DeepCluster v2", "DeepCluster"),
     "dino": Entry("DINO", "DINO"),
     "byol": Entry("BYOL", "BYOL"),
     "simsiam": Entry("SimSiam", "SimSiam"),
