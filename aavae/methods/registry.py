@@ -42,6 +42,7 @@ METHODS = {
     "rotation": Entry("rotation", "Rotation"),
     "jigsaw": Entry("jigsaw", "Jigsaw"),
     "relative_patch": Entry("relative patch", "RelativePatch"),
+    "colorization": Entry("colorization", "Colorization"),
     "supervised": Entry("supervised", "Supervised"),
 }
 
