@@ -7,7 +7,9 @@ __all__ = ['TO_XYZ', 'WHITE', 'LUMA', 'to_lab', 'colour_bins', 'ColorizationConf
 
 # %% ../../nbs/4_methods/18_colorization.ipynb #4d602c5c
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,12 +37,14 @@ def to_lab(x: Tensor) -> Tensor:
     return torch.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], 1)
 
 
-def colour_bins(width: float) -> Tensor:
-    "The centres (a, b) of the bins that sRGB reaches, `(bins, 2)`."
-    levels = torch.linspace(0, 1, 33)
-    cube = torch.cartesian_prod(levels, levels, levels).T[None, :, :, None]  # (1, 3, 33**3, 1)
-    ab = to_lab(cube)[0, 1:, :, 0].T  # (33**3, 2)
-    return (ab / width).round().unique(dim=0) * width
+@lru_cache
+def colour_bins(width: float) -> np.ndarray:
+    "The centres (a, b) of the bins that sRGB reaches, float32 `(bins, 2)`."
+    with torch.device("cpu"):
+        levels = torch.linspace(0, 1, 33)
+        cube = torch.cartesian_prod(levels, levels, levels).T[None, :, :, None]  # (1, 3, 33**3, 1)
+        ab = to_lab(cube)[0, 1:, :, 0].T  # (33**3, 2)
+        return ((ab / width).round().unique(dim=0) * width).numpy()
 
 # %% ../../nbs/4_methods/18_colorization.ipynb #acaf09d5
 LUMA = (0.2989, 0.587, 0.114)  # weights of red, green and blue, those of `grey`
@@ -65,7 +69,7 @@ class Colorization(ViewMethod):
     def __init__(self, setting: Setting, options: ColorizationConfig):
         plain = replace(setting.views, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarise_p=0.0)
         super().__init__(setting, [View(plain)])
-        bins = colour_bins(options.bin_width)
+        bins = torch.tensor(colour_bins(options.bin_width))
         dim, hidden = setting.encoder.dim, options.hidden_dim
         self.uniform = options.uniform
         self.register_buffer("bins", bins, persistent=False)  # (bins, 2)
