@@ -454,7 +454,7 @@ PLUS = {
     "model.decoder": "mlp",
     "train.optimizer": "adamw",
     "train.schedule": "cosine",
-    "train.lr": 1e-3,
+    "train.lr": 3e-3,
 }  # what the recipe changes of a preset of the paper
 
 PRESETS = {

@@ -90,6 +90,7 @@ class ObjectiveConfig:
     patch_image_size: int = 32  # side to which larger images are shrunk before they are compared
     condition: bool = False  # the decoder is told the view's parameters: crop, flip, colours
     show_pixels: bool = False  # beside a target that is no image: a pixel decoder that the encoder does not feel
+    views: int = 1  # random views of each image in a step; a batch of 64 images with 2 views is 128 views
     stages: int = 1  # parts of the training; each but the first predicts the encoder as it was when the part began
     logscale: float = 0.0  # log-variance of the Gaussian likelihood, its start if it is learned
     learn_logscale: bool = False  # learn the logscale, one number for all pixels
@@ -112,13 +113,15 @@ class ObjectiveConfig:
         if not math.isfinite(self.logscale):
             raise InputError(f"objective.logscale {self.logscale} is not finite; the paper uses -5 to 2")
         self._check_target()
+        self._check_views()
 
     def _check_target(self):
         if not 0 <= self.whitening <= 2:
             raise InputError(
                 f"objective.whitening {self.whitening} is out of range; use 0 (none) to 1 (all), 0.5 is half"
             )
-        names = ("components", "patches", "patch_size", "patch_stride", "patch_pool", "patch_image_size", "stages")
+        names = ("components", "patches", "patch_size", "patch_stride", "patch_pool", "patch_image_size")
+        names += ("views", "stages")
         for name in names:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -129,6 +132,14 @@ class ObjectiveConfig:
             )
         if self.stages > 1 and self.target not in ("patches", "hog"):
             raise InputError(f"objective.stages {self.stages} needs features as target; use --objective.target patches")
+
+    def _check_views(self):
+        if self.views > 20:
+            raise InputError(f"objective.views {self.views} is too large; use 1 to 20")
+        if self.views > 1 and not self.augment:
+            raise InputError(
+                f"objective.views {self.views} needs random views; {self.name} has none, aaae and aavae have"
+            )
 
     @property
     def has_features(self) -> bool:

@@ -63,6 +63,11 @@ NOISE = 1000  # the draws of an image from here on are noise, those before make 
 CONDITIONS = 12  # numbers that describe a view
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    "The parts one after the other; a single one as it is."
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 class AAVAE(Method):
     """Augmentation-augmented variational autoencoder (Section 3.2).
 
@@ -117,12 +122,24 @@ class AAVAE(Method):
         first = NOISE + draw * (d + d % 2)  # normal numbers are drawn in pairs
         return reparameterize(mu, std, normal(self.seed, epoch, index, first, d))
 
-    def view(self, images: Tensor, index: Tensor, epoch: int | Tensor, cropped: bool = False) -> Tensor:
+    @property
+    def views_per_image(self) -> int:
+        "How many views a step makes of an image."
+        return self.objective.views
+
+    @property
+    def passes_per_image(self) -> int:
+        "How often the encoder sees an image in a step."
+        return self.objective.views
+
+    def view(
+        self, images: Tensor, index: Tensor, epoch: int | Tensor, cropped: bool = False, number: int = 0
+    ) -> Tensor:
         """What the encoder sees of 8-bit `images`, normalised: a random view if the objective augments, else the image.
 
-        Of crops, if they are `cropped`, the view is made of each crop."""
+        Of crops, if they are `cropped`, the view is made of each crop. `number` counts the views of an image."""
         if self.objective.augment:
-            images = random_views(images, self.views, self.seed, epoch, index, cropped)
+            images = random_views(images, self.views, self.seed, epoch, index, cropped, number)
         return self.normalize(images)
 
     def predict(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -171,10 +188,11 @@ class AAVAE(Method):
 
     def crops(self) -> list[ViewsConfig] | None:
         "How the view is cut from a photograph; None if the encoder sees the image itself."
-        return [self.views] if self.objective.augment else None
+        return [self.views] * self.objective.views if self.objective.augment else None
 
     def dry_pass(self, images: Tensor):
         "The forward pass of a step, of blank images `(n, 3, s, s)` and without noise."
+        images = images.repeat(self.objective.views, 1, 1, 1)
         mu, std = self.encode(images)
         z = mu if std is None else mu + std * torch.empty_like(mu)
         prediction = self.predict(z.to(images.dtype))
@@ -186,18 +204,28 @@ class AAVAE(Method):
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         "The loss of a batch and its parts, means over the batch in nats."
         images, index, epoch = batch
-        paired = images.ndim == 5  # targets and crops (n, 2, 3, s, s)
-        target, seen = images.unbind(1) if paired else (images, images)
-        original = self.normalize(target)
+        cropped = images.ndim == 5  # targets and crops (n, 1 + v, 3, s, s)
+        original = self.normalize(images[:, 0] if cropped else images)
         if self.objective.clean_pass:
             self.clean_pass(original)
-        view = self.view(seen, index, epoch, cropped=paired)
+        numbers = range(self.objective.views)
+        seen = [images[:, 1 + k] if cropped else images for k in numbers]
+        view = _joined([self.view(seen[k], index, epoch, cropped, k) for k in numbers])  # (v n, 3, s, s)
         mu, std = self.encode(view)
-        z = self.sample(mu, std, index, epoch)
-        prediction = self.predict(z, self.condition(seen, index, epoch, cropped=paired))
+        z = self.samples(mu, std, index, epoch)
+        condition = self.condition(seen, index, epoch, cropped)
+        original, index = _joined([original] * len(numbers)), _joined([index] * len(numbers))
         observed = self.observe(view if self.objective.target == "view" else original, index)
-        parts = self.loss(self.log_likelihood(observed, prediction), mu, std)
+        parts = self.loss(self.log_likelihood(observed, self.predict(z, condition)), mu, std)
         return parts if self.pixels is None else self.with_pixels(parts, original, z)
+
+    def samples(self, mu: Tensor, std: Tensor | None, index: Tensor, epoch: int | Tensor) -> Tensor:
+        "z of the views of a step `(v n, latent_dim)`: the noise of each view is its own."
+        if std is None:
+            return mu
+        n = len(index)
+        each = zip(mu.split(n), std.split(n), strict=True)
+        return _joined([self.sample(m, s, index, epoch, draw) for draw, (m, s) in enumerate(each)])
 
     def loss(self, log_likelihood: Tensor, mu: Tensor, std: Tensor | None) -> dict[str, Tensor]:
         "beta * KL - log p, averaged over the batch, with its parts; `log_likelihood (n,)`."
@@ -213,14 +241,18 @@ class AAVAE(Method):
             "logscale": self.logscale.detach(),
         }
 
-    def condition(self, images: Tensor, index: Tensor, epoch: int | Tensor, cropped: bool) -> Tensor | None:
-        """The parameters of the views `(n, 12)`, 0 where nothing is changed; None if the decoder is not told them.
-
-        They are the box (4), flip, jitter, its factors (4), grey, and blur. Of `cropped` images the box is left out."""
+    def condition(self, seen: list[Tensor], index: Tensor, epoch: int | Tensor, cropped: bool) -> Tensor | None:
+        "What `describe` says of the views of images `seen`, `(v n, 12)`; None if the decoder is not told it."
         if not self.objective.condition:
             return None
+        return _joined([self.describe(x, index, epoch, cropped, k) for k, x in enumerate(seen)])
+
+    def describe(self, images: Tensor, index: Tensor, epoch: int | Tensor, cropped: bool, number: int = 0) -> Tensor:
+        """The parameters of view `number` of each image `(n, 12)`, 0 where nothing is changed.
+
+        They are the box (4), flip, jitter, its factors (4), grey, and blur. Of `cropped` images the box is left out."""
         height, width = images.shape[-2:]
-        v = draw_views(self.views, self.seed, epoch, index, (height, width))
+        v = draw_views(self.views, self.seed, epoch, index, (height, width), number)
         full = torch.tensor([0.0, 0.0, 1.0, 1.0], device=index.device)
         box = v.box / torch.tensor([height, width, height, width], device=index.device) - full
         neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=index.device)

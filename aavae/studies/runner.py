@@ -395,7 +395,8 @@ def views_of(config: Config, data: ImageData | None) -> int:
     if data:
         batches = len(data.split(data.pretrain_split)) // train.batch_size
         ends.append(train.max_epochs * batches)
-    return train.batch_size * min((end for end in ends if end), default=0)
+    views = train.batch_size * config.objective.views  # of a step
+    return views * min((end for end in ends if end), default=0)
 
 
 def share_left(job: Job, out: Path, views: int) -> float:
