@@ -373,12 +373,12 @@ def cmd_detect(argv: list[str]):
 
 # %% ../nbs/8_tools/08_cli.ipynb #5fe0659b
 def _cache(clear: bool):
-    "Prints what decoded pixels are kept in the cache folder, and removes them if asked."
-    from aavae.identity import clear_pixels, pixels_table
+    "Prints what pixels and unpacked images are kept in the cache folder, and removes them if asked."
+    from aavae.identity import cache_table, clear_cache
 
-    print(pixels_table())
+    print(cache_table())
     if clear:
-        print(f"removed: {clear_pixels()} files")
+        print(f"removed: {clear_cache()} files")
 
 
 def cmd_data(argv: list[str]):
@@ -387,7 +387,7 @@ def cmd_data(argv: list[str]):
 
     parser = new_parser("data", "Check the images of a configuration: every file is read.")
     add_preset(parser)
-    about = "show the decoded pixels that are kept, and check nothing; clear: remove them too"
+    about = "show the pixels and unpacked images that are kept, and check nothing; clear: remove them too"
     parser.add_argument("--cache", type=Literal["true", "false", "clear"], default="false", help=about)
     add_config(parser, argv, base_config(argv))
     args = parse(parser, argv)
@@ -474,18 +474,20 @@ def cmd_report(argv: list[str]):
 
 # %% ../nbs/8_tools/08_cli.ipynb #demobenc
 def cmd_demo(argv: list[str]):
-    "Four objectives on the digits, a table and a page, in three minutes."
+    "Two encoders on photographs, a table and a page, in three minutes; or four objectives on digits."
     from aavae.tools.demo import demo
 
     about = (
-        "Pretrain AE, AAAE, VAE and AAVAE on scikit-learn's digits, measure them, and write a page. "
-        "About three minutes on two cores."
+        "Pretrain two encoders on photographs that come with the package, measure them beside raw pixels and the "
+        "untrained network, and write a page; or, with --data digits, AE, AAAE, VAE and AAVAE on scikit-learn's "
+        "digits. About three minutes on two cores."
     )
     parser = new_parser("demo", about)
-    parser.add_argument("--out", type=str, default="runs/demo", help="folder of the demo")
+    parser.add_argument("--data", type=str, default="cifar10-mini", help="cifar10-mini or digits")
+    parser.add_argument("--out", type=str | None, default=None, help="folder; by default runs/demo or runs/demo-digits")
     parser.add_argument("--overwrite", type=bool, default=False, help="repeat it if it is there")
     args = parse(parser, argv)
-    demo(args.out, args.overwrite)
+    demo(args.out, args.overwrite, args.data)
 
 
 def cmd_bench(argv: list[str]):

@@ -19,7 +19,7 @@ import numpy as np
 from .data import DataConfig, ImageData, place
 from .errors import InputError
 from .folders import SPLIT_NAMES
-from .identity import cache_folder, keep_file, quick_key
+from .identity import drop_unread, keep_file, quick_key, unpacked_folder
 from .packed import Index, join, kept_index, packed_data, packed_root, split_files, split_of
 from .progress import progress
 
@@ -135,10 +135,11 @@ def _copy(path: Path, columns: Columns, target: BinaryIO) -> Index:
 def unpacked(path: Path, columns: Columns) -> tuple[Path, Index]:
     "The images of a Parquet file in a file of the cache, and where they are. Raises `InputError` if it is damaged."
     key = quick_key([path], " ".join(columns.read).encode())
-    copy = cache_folder() / "unpacked" / f"{key}.bin"
+    copy = unpacked_folder() / f"{path.stem[:60]}-{key}.bin"
     made = []
     try:
         if not copy.is_file():
+            drop_unread()
             room = keep_file(copy, lambda f: made.append(_copy(path, columns, f)))
             if not room:
                 raise _no_room(path, copy.parent)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['EXPLAIN', 'TARGETS', 'CURVES', 'COLUMNS', 'CENTRED', 'KEY', 'STYLE', 'SCRIPT', 'POLICY', 'PAGE', 'html_table',
-           'explain', 'similarity_row', 'write_report']
+           'explain', 'similarity_row', 'Shown', 'write_report']
 
 # %% ../../nbs/7_explore/03_report.ipynb #3940d3ff
 import base64
 import io
 import re
+from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from string import Template
 
@@ -495,6 +497,39 @@ def _views(runs: dict[str, Run]) -> str:
         lines,
     )
 
+# %% ../../nbs/7_explore/03_report.ipynb #b25a4b69
+@dataclass
+class Shown:
+    "A figure or a picture for a section of the page, with its caption; a picture has a title."
+
+    what: go.Figure | Image.Image
+    caption: str
+    title: str = ""
+
+
+def _part(part: str | Shown, key: str) -> str:
+    "A paragraph, a command if it begins with a dollar sign, a figure or a picture."
+    if isinstance(part, str) and part.startswith("$ "):
+        return f'<pre tabindex="0">{escape(part)}</pre>'
+    if isinstance(part, str):
+        return f"<p>{escape(part)}</p>"
+    if isinstance(part.what, go.Figure):
+        return _plot(part.what, key, part.caption)
+    return f"<div><h3>{escape(part.title)}</h3>{_image(part.what, part.caption, part.caption)}</div>"
+
+
+def _is_picture(part: str | Shown) -> bool:
+    return isinstance(part, Shown) and isinstance(part.what, Image.Image)
+
+
+def _own_section(title: str, parts: list[str | Shown], key: str) -> str:
+    "A section of one's own."
+    html = []
+    for pictures, group in groupby(enumerate(parts), lambda item: _is_picture(item[1])):
+        drawn = "\n".join(_part(part, f"{key}-{i}") for i, part in group)
+        html.append(f'<div class="grids">{drawn}</div>' if pictures else drawn)
+    return _section(title, *html)
+
 # %% ../../nbs/7_explore/03_report.ipynb #9ceba36c
 def _flat(tree: dict, prefix: str = "") -> list[list[str]]:
     "Rows (dotted name, value) of nested fields."
@@ -673,11 +708,16 @@ def _configurations(runs: dict[str, Run]) -> str:
 
 
 def write_report(
-    runs: Run | dict[str, Run], path: str | Path, title: str, table: dict | None = None, notes: str | None = None
+    runs: Run | dict[str, Run],
+    path: str | Path,
+    title: str,
+    table: dict | None = None,
+    notes: str | None = None,
+    sections: dict[str, list[str | Shown]] | None = None,
 ) -> Path:
     """Writes one self-contained HTML page about a run, or several by name, and returns its path.
 
-    Raises `InputError` if it cannot be written."""
+    `sections` by title stand behind the results. Raises `InputError` if it cannot be written."""
     if isinstance(runs, Run):
         name = runs.config.objective.name.upper().replace("BETA", "beta")
         runs = {name: runs}
@@ -686,6 +726,7 @@ def write_report(
         _trained(runs),
         "".join(f"<p>{escape(text)}</p>\n" for text in paragraphs),
         _results(runs, table),
+        *(_own_section(name, parts, f"own{i}") for i, (name, parts) in enumerate((sections or {}).items())),
         _training(runs),
         _images(runs),
         _views(runs),

@@ -288,15 +288,15 @@ SHARED = dict(train__knn_every_n_epochs=3, train__keep_at_epochs=[5, 15], train_
 
 
 def _shared_path(name: str) -> Path:
-    "The run of the demo where `aavae demo` was run here, else one in the cache folder."
-    demo = Path("runs/demo") / name
+    "The run of the demo on digits where it was run here, else one in the cache folder."
+    demo = Path("runs/demo-digits") / name
     return demo if (demo / "encoder.safetensors").is_file() else shared_runs() / f"digits-{name}"
 
 
 def digits_run(path: str | Path | None = None, **changes) -> Run:
     """The run in `path`; where there is none, one of the preset `digits` with `changes`, trained here and now.
 
-    Without `path` all explorers share it: that of the demo in `runs/demo`, or one in a cache folder. Making that one
+    Without `path` all explorers share it: that of `aavae demo --data digits`, or one in a cache folder. Making that one
     takes two minutes of a core."""
     if path is None:
         name = "-".join(str(value) for value in changes.values()) or "aavae"
