@@ -30,7 +30,7 @@ setup(
         f"Programming Language :: Python :: {cfg['min_python']}",
     ],
     packages=find_packages(include=["aavae", "aavae.*"]),
-    package_data={"aavae": ["py.typed", "*.tar.xz"]},
+    package_data={"aavae": ["py.typed", "*.tar.xz", "zoo/*/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

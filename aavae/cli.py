@@ -6,8 +6,8 @@
 __all__ = ['BOOLEANS', 'OPTIONS', 'EVALUATE', 'TRANSFER', 'COMMANDS', 'comments_in', 'field_comments', 'field_help', 'spell_out',
            'new_parser', 'parse', 'base_config', 'add_preset', 'method_fields', 'add_config', 'read_config',
            'cmd_pretrain', 'add_task', 'choose_task', 'read_data', 'measure', 'show', 'cmd_evaluate', 'cmd_transfer',
-           'cmd_detect', 'cmd_data', 'cmd_doctor', 'cmd_results', 'cmd_report', 'cmd_demo', 'cmd_bench', 'cmd_study',
-           'cmd_compare', 'cmd_embed', 'cmd_export', 'usage', 'run_command', 'failure', 'main']
+           'cmd_detect', 'cmd_data', 'cmd_doctor', 'cmd_zoo', 'cmd_results', 'cmd_report', 'cmd_demo', 'cmd_bench',
+           'cmd_study', 'cmd_compare', 'cmd_embed', 'cmd_export', 'usage', 'run_command', 'failure', 'main']
 
 # %% ../nbs/8_tools/08_cli.ipynb #439d913d
 import ast
@@ -438,6 +438,15 @@ def _records_below(folder: Path) -> list[dict[str, Any]]:
     return found
 
 # %% ../nbs/8_tools/08_cli.ipynb #1460b0b6
+def cmd_zoo(argv: list[str]):
+    "Lists the trained runs that come with the package; every command takes zoo:NAME as a run."
+    from aavae.tools.zoo import zoo_table
+
+    parser = new_parser("zoo", "List the trained runs that come with the package. Accuracies are top-1 in %.")
+    parser.add_argument("--format", type=Literal["text", "md", "csv"], default="text", help="text, md or csv")
+    print(zoo_table(parse(parser, argv).format))
+
+
 def cmd_results(argv: list[str]):
     "Prints the records under a folder: those of the end of each run, or all."
     from aavae.words import FILTERS, below_untrained, format_table, results_table, select
