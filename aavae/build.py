@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .augment import ViewsConfig
 from .data import ImageData
-from .encoder import Encoder, Normalize
+from .encoder import Encoder, Normalize, ViT
 from .method import Method
 from .methods.registry import find_method, is_method
 from .model import ModelConfig, build_model
@@ -52,7 +52,7 @@ class Setting:
     "What a method is made of, beside its options."
 
     name: str  # of the objective
-    encoder: Encoder
+    encoder: Encoder | ViT
     normalize: Normalize
     views: ViewsConfig
     images: Images
@@ -69,7 +69,7 @@ def build_method(config: "Config", images: Images) -> Method:
         return build_model(model, config.objective, config.views, images.size, images.mean, images.std, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = model.build_encoder()
+        encoder = model.build_encoder(images.size)
         normalize = Normalize(images.mean, images.std)
         setting = Setting(name, encoder, normalize, config.views, images, model, seed)
         method = find_method(name)(setting, config.method)

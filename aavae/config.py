@@ -23,7 +23,7 @@ from .augment import ViewsConfig
 from .data import DataConfig
 from .errors import InputError
 from .loss import ObjectiveConfig
-from .methods.registry import METHODS, NoOptions, is_method, options_of
+from .methods.registry import METHODS, NoOptions, encoder_of, is_method, options_of
 from .model import ModelConfig
 
 # %% ../nbs/3_training/01_config.ipynb #conflow
@@ -166,6 +166,10 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     method: Any = field(default_factory=NoOptions)  # the options of a method beside the autoencoders
+
+    def __post_init__(self):
+        if encoder := encoder_of(self.objective.name):
+            self.model = replace(self.model, encoder=encoder)
 
     @property
     def decodes(self) -> bool:

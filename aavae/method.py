@@ -30,6 +30,7 @@ class Method(L.LightningModule):
     Options: type = NoOptions  # the dataclass of its options, the section `method` of a configuration
     decomposes: bool = True  # whether the loss is a mean over images, each of which needs no other
     encoder: nn.Module
+    own_encoder: str | None = None  # the `model.encoder` that it brings, where it cannot do with another
     views_per_image: float = 1  # that a step makes
     passes_per_image: float = 1  # of an encoder, a teacher's included; a view of half the pixels is half a pass
     lr: float = 2.5e-4  # of `configure_optimizers`; `pretrain` sets its own from the configuration

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .augment import ViewsConfig, draw_views, random_views
 from .data import Split
 from .decoder import Decoder, MLPDecoder, decoder_start
-from .encoder import Encoder, Normalize, Projection, encoder_dim
+from .encoder import VIT, Encoder, Normalize, Projection, ViT, encoder_dim
 from .errors import InputError
 from .loss import ObjectiveConfig, gaussian_kl, gaussian_log_likelihood, posterior_std, reparameterize
 from .method import Batch, Method, full_precision
@@ -29,23 +29,29 @@ from .targets import Codes, EncoderFeatures, Target, make_target
 class ModelConfig:
     "The networks; the defaults are the paper's for CIFAR-10 (Appendix A.1)."
 
-    encoder: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"  # the ResNet that gives h
+    # the network that gives h; a method that needs another than a ResNet, as mae does, brings it
+    encoder: Literal["resnet18", "resnet34", "resnet50", "vit_small"] = "resnet50"
     decoder: Literal["resnet18", "resnet34", "resnet50", "mlp"] = "resnet50"  # the inverted ResNet, or a small head
     head_width: int = 512  # hidden units of the decoder mlp
     width: float = 1.0  # scales all channels; 2 and 4 are the paper code's w2 and w4
     stem: Literal["conv3", "conv7"] = "conv3"  # 3x3 of stride 1, or 7x7 of stride 2
     maxpool: bool = False  # keep the max-pool of the stem
+    patch_size: int | None = None  # side of a patch of vit_small in pixels; by default an eighth of the image's
     latent_dim: int = 128  # size of z
 
     def __post_init__(self):
         encoder_dim(self.encoder, self.width)
         if self.latent_dim < 1:
             raise InputError(f"model.latent_dim {self.latent_dim} is too small; use 1 or more, the paper uses 128")
+        if self.patch_size is not None and self.patch_size < 1:
+            raise InputError(f"model.patch_size {self.patch_size} is too small; use 1 or more, 4 say")
         if self.head_width < 1:
             raise InputError(f"model.head_width {self.head_width} is too small; use 1 or more, 512 say")
 
-    def build_encoder(self) -> Encoder:
-        "A fresh encoder."
+    def build_encoder(self, image_size: int = 32) -> Encoder | ViT:
+        "A fresh encoder of images of that size; of a ResNet it is the same for all sizes."
+        if self.encoder == VIT:
+            return ViT(self.patch_size or max(1, image_size // 8), self.width)
         return Encoder(self.encoder, self.stem, self.maxpool, self.width)
 
     def build_decoder(self, image_size: int, extra: int = 0, name: str | None = None) -> Decoder:
@@ -78,7 +84,7 @@ class AAVAE(Method):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Encoder | ViT,
         projection: Projection,
         decoder: Decoder | MLPDecoder,
         objective: ObjectiveConfig,
@@ -327,7 +333,7 @@ def build_model(
         raise InputError(f"objective.target {objective.target} is no image; predict it by --model.decoder mlp")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = model.build_encoder()
+        encoder = model.build_encoder(image_size)
         projection = Projection(encoder.dim, model.latent_dim, objective.sample)
         if model.decoder == "mlp":
             decoder = model.build_head(3 * image_size**2 if target is None else target.size, extra)

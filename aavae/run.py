@@ -123,7 +123,7 @@ def load_encoder(path: str | Path) -> ImageEncoder:
     tensors = _tensors(path, facts)
     own = {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")}
     with torch.device("meta"):
-        encoder = facts["model"].build_encoder()  # shapes alone; the weights come from the file
+        encoder = facts["model"].build_encoder(facts["image_size"])  # shapes alone; the weights come from the file
     try:
         encoder.load_state_dict(own or tensors, assign=True)
     except RuntimeError as e:

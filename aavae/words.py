@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 from .methods.registry import title
 
 # %% ../nbs/3_training/04_words.ipynb #wordsn1
-NETWORKS = {"resnet18": "ResNet-18", "resnet34": "ResNet-34", "resnet50": "ResNet-50"}
+NETWORKS = {"resnet18": "ResNet-18", "resnet34": "ResNet-34", "resnet50": "ResNet-50", "vit_small": "ViT-S"}
 
 
 def network_name(network: Any) -> str:
     "The encoder of a record or of a `ModelConfig`, such as `ResNet-18 x0.25 max-pool`."
     fields = network if isinstance(network, dict) else vars(network)
     name = NETWORKS.get(fields["encoder"], fields["encoder"])
+    pooled = fields["maxpool"] and fields["encoder"] != "vit_small"
     width = f" x{fields['width']:g}" if fields["width"] != 1 else ""
-    return name + width + (" max-pool" if fields["maxpool"] else "")
+    return name + width + (" max-pool" if pooled else "")
 
 # %% ../nbs/3_training/04_words.ipynb #wordsn3
 def objective_name(record: dict[str, Any]) -> str:

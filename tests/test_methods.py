@@ -13,7 +13,7 @@ from aavae.build import Images, build_method
 from aavae.config import make_config, preset
 from aavae.data import Split
 from aavae.datasets import load_data
-from aavae.encoder import Encoder
+from aavae.encoder import Encoder, ViT
 from aavae.files import load_checkpoint
 from aavae.methods.registry import METHODS
 from aavae.run import Run
@@ -50,10 +50,13 @@ def test_the_cost_is_what_is_declared(method, digits):
     pixels = []
 
     def count(module: Module, inputs, output):
-        pixels.append(inputs[0].shape[0] * inputs[0].shape[-1] ** 2)
+        seen = inputs[0].shape[-1] ** 2
+        if len(inputs) > 1:  # the patches that a ViT does not leave out
+            seen = inputs[1].shape[1] * module.patch**2
+        pixels.append(inputs[0].shape[0] * seen)
 
     for module in built.modules():
-        if isinstance(module, Encoder):
+        if isinstance(module, Encoder | ViT):
             module.register_forward_hook(count)
     built.training_step((digits.split("train").images[:8], torch.arange(8), 0))
     assert sum(pixels) / (8 * 16**2) == pytest.approx(built.passes_per_image)
@@ -80,7 +83,8 @@ def test_a_run_of_a_method_is_read_like_any_other(method, tmp_path):
     assert run.config == short and not run.config.decodes
     record = run.evaluate("knn")[0]
     assert (record["objective"], record["decoder"], record["beta"]) == (method, None, None)
-    assert torch.equal(run.model().encoder.conv1.weight, run.encoder().encoder.conv1.weight)
+    whole, alone = (list(encoder.parameters()) for encoder in (run.model().encoder, run.encoder().encoder))
+    assert all(map(torch.equal, whole, alone))
 
 
 def test_what_needs_a_decoder_says_so_and_the_rest_works(tmp_path):

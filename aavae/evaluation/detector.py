@@ -96,6 +96,8 @@ class FasterRCNN(nn.Module):
 
     def __init__(self, encoder: Encoder, mean: list[float], std: list[float], n_classes: int, image_size: int = 800):
         super().__init__()
+        if not isinstance(encoder, Encoder):
+            raise InputError("Faster R-CNN C4 needs the stages of a ResNet; use a run whose model.encoder is one")
         e = encoder
         share = min(1, image_size / 800)  # smaller images hold fewer regions
         pooling = 1 if isinstance(e.maxpool, nn.Identity) else 2

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUTOENCODERS', 'METHODS', 'Entry', 'is_method', 'title', 'check_name', 'find_method', 'lightly_parts', 'NoOptions',
-           'options_of']
+           'options_of', 'encoder_of']
 
 # %% ../../nbs/2_model/00_registry.ipynb #908c505e
 import difflib
@@ -43,6 +43,12 @@ METHODS = {
     "jigsaw": Entry("jigsaw", "Jigsaw"),
     "relative_patch": Entry("relative patch", "RelativePatch"),
     "colorization": Entry("colorization", "Colorization"),
+    "cpc": Entry("CPC v2", "CPC"),
+    "amdim": Entry("AMDIM", "AMDIM"),
+    "yadim": Entry("YADIM", "YADIM"),
+    "mae": Entry("MAE", "MAE"),
+    "simvae": Entry("SimVAE", "SimVAE"),
+    "bigbigan": Entry("BigBiGAN", "BigBiGAN"),
     "supervised": Entry("supervised", "Supervised"),
 }
 
@@ -99,3 +105,8 @@ class NoOptions:
 def options_of(objective: str) -> type:
     "The dataclass of the section `method` for an objective."
     return find_method(objective).Options if is_method(objective) else NoOptions
+
+
+def encoder_of(objective: str) -> str | None:
+    "The `model.encoder` that a method brings; None if it takes the one that is configured."
+    return getattr(find_method(objective), "own_encoder", None) if is_method(objective) else None

@@ -9,6 +9,7 @@ __all__ = ['FILES', 'Format', 'LICENCES', 'CODE_LICENCE', 'OPTIMISERS', 'PAPER',
 from string import Template
 from typing import Any, Literal
 
+from ..encoder import VIT
 from ..errors import InputError
 from ..model import ModelConfig
 from ..records import versions
@@ -57,6 +58,8 @@ def recipe(format: Format, model: ModelConfig, file: str) -> tuple[str, list[str
     if format == "onnx":
         session = f"session = onnxruntime.InferenceSession({file!r})"
         return "import onnxruntime", [session, 'h = session.run(None, {"images": images})[0]']
+    if model.encoder == VIT:
+        raise InputError(f"{format} has no {VIT} of this kind; use --format onnx, or --format safetensors with aavae")
     if model.width != 1:
         network = f"{model.encoder} of width {model.width:g}"
         raise InputError(f"{format} has no {network}; use --format onnx, or --format safetensors with aavae")
