@@ -193,6 +193,8 @@ class Queue(nn.Module):
     def add(self, x: Tensor):
         "Writes `x (n, d)` of all processes over the oldest rows."
         size = len(self.rows)
+        if size == 0:
+            return
         new = gathered(x)[-size:].to(self.rows)
         steps = torch.arange(len(new), device=new.device)
         self.rows.index_copy_(0, (self.at + steps) % size, new)

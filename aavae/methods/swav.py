@@ -31,7 +31,7 @@ class SwAVConfig:
     temperature: float = 0.1  # of the prediction (the paper; solo-learn)
     epsilon: float = 0.05  # temperature of the codes (the paper; solo-learn)
     rounds: int = 3  # of Sinkhorn's algorithm (the paper; solo-learn)
-    queue_size: int = 3840  # past z of each view, at most half as many as there are images (the paper; solo-learn)
+    queue_size: int = 3840  # past z of each view, at most half of the images; 0: none (the paper; solo-learn)
     queue_after: float = 0.05  # share of the run after which the queue is used (solo-learn: 50 of 1,000 epochs)
 
 # %% ../../nbs/4_methods/12_swav.ipynb #f58b45f2
