@@ -194,6 +194,12 @@ def keep_pixels(path: Path, pixels: Pixels) -> bool:
     return keep_file(path, write)
 
 # %% ../nbs/1_images/06_identity.ipynb #idenpix6
+def last_use(path: Path) -> float:
+    "When a file was last used, in seconds: pixels have it as their time, of others the file system may tell."
+    found = path.stat()
+    return found.st_mtime if path.suffix == ".npy" else max(found.st_mtime, found.st_atime)
+
+
 def _by_last_use(files: Iterable[Path]) -> list[Path]:
     "Files, the least recently used first."
     found = []
@@ -201,12 +207,6 @@ def _by_last_use(files: Iterable[Path]) -> list[Path]:
         with suppress(OSError):  # another process may remove it
             found.append((last_use(path), path))
     return [path for _, path in sorted(found)]
-
-
-def last_use(path: Path) -> float:
-    "When a file was last read or written, as far as the file system tells, in seconds."
-    found = path.stat()
-    return max(found.st_mtime, found.st_atime)
 
 
 def kept_pixels() -> list[Path]:
