@@ -107,10 +107,11 @@ SMALL = {
     "model__encoder": "resnet18",
     "model__width": 0.25,
     "model__maxpool": True,
+    "train__lr": 1e-3,
     "train__warmup_epochs": 1,
     "train__knn_every_n_epochs": 3,
-}  # the network of the stored results
-WITH_DECODER = {"model__decoder": "resnet18", "train__batch_size": 128, "train__lr": 1e-3, "train__max_epochs": 12}
+}  # network and rate of the stored results
+WITH_DECODER = {"model__decoder": "resnet18", "train__batch_size": 128, "train__max_epochs": 12}
 PLANS = {
     "cifar10-mini": Plan(
         title="What learning is for",
