@@ -31,7 +31,9 @@ class DINOConfig:
     "DINO on CIFAR-10, after [solo-learn](https://github.com/vturrisi/solo-learn), scripts/pretrain/cifar/dino.yaml."
 
     small_views: int = 0  # that the student also sees (solo-learn; the paper 8 or 10)
-    hidden_dim: int | None = None  # units of the head; by default 4 times h, solo-learn's 2,048 of 512
+    hidden_dim: int | None = (
+        None  # units of the head; by default 4 times h, 2,048 of 512 (lightly on CIFAR-10; solo-learn)
+    )
     bottleneck_dim: int = 256  # units before the prototypes (the paper, Section 3.2; solo-learn)
     prototypes: int = 2048  # K (lightly on CIFAR-10; solo-learn 4,096, the paper 65,536)
     frozen_epochs: int = 1  # in which prototypes are held still (the authors' code)
@@ -57,12 +59,8 @@ class DINO(ViewMethod):
         dim, size = setting.encoder.dim, options.bottleneck_dim
         hidden = options.hidden_dim or 4 * dim
         self.options = options
-        layers = [(dim, hidden, None, nn.GELU()), (hidden, hidden, None, nn.GELU()), (hidden, size, None, None)]
-        self.head = heads.ProjectionHead(layers)
-        for layer in self.head.layers:
-            if isinstance(layer, nn.Linear):  # as the authors begin
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        first = (dim, hidden, nn.BatchNorm1d(hidden), nn.GELU())
+        self.head = heads.ProjectionHead([first, (hidden, size, None, None)])
         self.prototypes = Prototypes(size, options.prototypes)
         self.teacher = Teacher(self.encoder, self.head, self.prototypes)
         self.register_buffer("centre", torch.zeros(options.prototypes))
