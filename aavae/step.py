@@ -18,7 +18,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from .augment import constant_when_compiled
 from .config import TrainConfig
 from .identity import cache_folder
 from .method import Batch, Method
@@ -127,7 +126,6 @@ class CapturedStep:
         self.lr = torch.zeros((), device=device)
         self.training_step = step.method.training_step
         if compiled:
-            constant_when_compiled()
             self.training_step = torch.compile(self.training_step, dynamic=False)
         self.graph = None
         if device.type == "cuda":
