@@ -16,21 +16,23 @@ from ..build import Setting
 from ..encoder import Encoder
 from ..errors import InputError
 from ..method import Batch
-from .common import View, ViewMethod
+from .common import View, ViewMethod, first_row, rows_of_all
 from ..model import NOISE
 from ..rng import uniform
 
 # %% ../../nbs/4_methods/20_amdim.ipynb #439c1d3b
 def clipped_scores(u: Tensor, v: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    "Scores of `u (n, r)` with all features `v (n, r, l)`: clipped `(n, n, l)`, and the mean square before that."
+    "Scores of `u (n, r)` with all features `v (m, r, l)`: clipped `(n, m, l)`, and the mean square before that."
     scores = torch.einsum("ir,jrl->ijl", u, v) / math.sqrt(u.shape[1])
     return clip * torch.tanh(scores / clip), scores.square().mean()
 
 
-def local_nce(scores: Tensor) -> Tensor:
-    "How badly image i finds its own features among those of the others, from `scores (n, n, l)`; a mean."
-    own = scores.diagonal().T  # (n, l)
-    same = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+def local_nce(scores: Tensor, first: int = 0) -> Tensor:
+    "How badly image i finds its own features, number `first` + i of `scores (n, m, l)`, among all others; a mean."
+    n, m, _ = scores.shape
+    own = scores.diagonal(first).T  # (n, l)
+    images = torch.arange(m, device=scores.device)
+    same = images == images[first : first + n, None]  # (n, m)
     others = scores.masked_fill(same[:, :, None], -torch.inf).flatten(1).logsumexp(1)  # (n,)
     return (torch.logaddexp(own, others[:, None]) - own).mean()
 
@@ -90,8 +92,8 @@ class AMDIM(ViewMethod):
 
     def term(self, u: Tensor, v: Tensor) -> Tensor:
         "The loss of `u (n, r)` with `v (n, r, l)`, and its penalty."
-        scores, square = clipped_scores(u, v, self.options.clip)
-        return local_nce(scores) + self.options.penalty * square
+        scores, square = clipped_scores(u, rows_of_all(v), self.options.clip)
+        return local_nce(scores, first_row(len(u))) + self.options.penalty * square
 
     def direction(self, source: list[Tensor], target: list[Tensor], place: Tensor) -> Tensor:
         "The three terms from the features of one view to those of the other; `place (n,)` picks a local one."

@@ -91,7 +91,7 @@ class Colorization(ViewMethod):
     def bins_of(self, x: Tensor) -> Tensor:
         "The bin of each square of 4 x 4 pixels of images `(n, 3, s, s)` in [0, 1]: `(n, s/4, s/4)`."
         ab = F.avg_pool2d(to_lab(x.clamp(0, 1))[:, 1:], 4)  # (n, 2, s/4, s/4)
-        pixels = ab.permute(0, 2, 3, 1).flatten(0, 2)
+        pixels = ab.permute(0, 2, 3, 1).flatten(0, 2).to(self.bins.dtype)
         return torch.cdist(pixels, self.bins).argmin(1).view(len(x), *ab.shape[2:])
 
     @torch.no_grad()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['View', 'ViewMethod', 'small_views', 'shifted', 'Teacher', 'rising_decay', 'processes', 'mean_of_processes',
-           'gathered', 'Queue', 'Prototypes', 'swapped_prediction', 'mlp']
+           'rows_of_all', 'first_row', 'gathered', 'Queue', 'Prototypes', 'swapped_prediction', 'mlp']
 
 # %% ../../nbs/4_methods/01_common.ipynb #135fa6b8
 import copy
@@ -169,6 +169,20 @@ def processes() -> int:
 def mean_of_processes(x: Tensor) -> Tensor:
     "The mean of `x` over all processes, with its gradient."
     return x if processes() == 1 else all_reduce(x) / processes()
+
+
+def rows_of_all(x: Tensor) -> Tensor:
+    "`x (n, ...)` of all processes, those of the first process first, `(processes * n, ...)`, with its gradient."
+    if processes() == 1:
+        return x
+    own = torch.tensor([dist.get_rank()], device=x.device)
+    rows = x.new_zeros(processes(), *x.shape).index_copy(0, own, x[None])
+    return all_reduce(rows).flatten(0, 1)
+
+
+def first_row(n: int) -> int:
+    "Where the rows of this process begin among those of all, if each has `n`."
+    return 0 if processes() == 1 else n * dist.get_rank()
 
 
 @torch.no_grad()

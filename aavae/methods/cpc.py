@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..build import Setting
 from ..errors import InputError
-from .common import View, ViewMethod
+from .common import View, ViewMethod, first_row, rows_of_all
 
 # %% ../../nbs/4_methods/19_cpc.ipynb #4a54b374
 GRID = 7  # patches in a row (the paper, Section 2.1)
@@ -88,9 +88,9 @@ class CPC(ViewMethod):
         total = z.new_zeros(())
         for k, prediction in zip(self.ahead, predictions, strict=True):
             asked = prediction[:, :, :-k].movedim(1, 3).flatten(0, 2)  # (n * (7 - k) * 7, e)
-            found = z[:, :, k:].movedim(1, 3).flatten(0, 2)
+            found = rows_of_all(z[:, :, k:].movedim(1, 3).flatten(0, 2))
             scores = asked @ found.T / math.sqrt(asked.shape[1])
-            labels = torch.arange(len(scores), device=scores.device)
+            labels = first_row(len(asked)) + torch.arange(len(asked), device=z.device)
             total = total + F.cross_entropy(scores, labels)
         return total / len(predictions)
 

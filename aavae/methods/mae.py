@@ -15,7 +15,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 from ..build import Setting
 from ..encoder import patch_positions
 from ..errors import InputError
-from ..method import Batch
+from ..method import Batch, full_precision
 from .common import View, ViewMethod
 from ..model import NOISE
 from ..rng import uniform
@@ -119,7 +119,7 @@ class MAE(ViewMethod):
         order = self.order(*batch[1:])
         prediction = self.reconstruct(x, order)
         with torch.autocast(x.device.type, enabled=False):
-            return {"loss": self.loss(prediction.float(), to_patches(x, self.patch), order[:, self.kept :])}
+            return {"loss": self.loss(full_precision(prediction), to_patches(x, self.patch), order[:, self.kept :])}
 
     @torch.no_grad()
     def pictures(self, images: Tensor, index: Tensor, epoch: int = 0) -> dict[str, Tensor]:

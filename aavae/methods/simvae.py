@@ -14,7 +14,7 @@ from torch import Tensor
 from ..build import Setting
 from ..encoder import Projection
 from ..loss import posterior_std
-from ..method import Batch
+from ..method import Batch, full_precision
 from .common import View, ViewMethod
 from ..model import NOISE
 from ..rng import normal
@@ -46,7 +46,7 @@ class SimVAE(ViewMethod):
 
         `noise (v, n, latent_dim)` is standard normal."""
         posteriors = [self.projection(self(x)) for x in views]
-        mu = torch.stack([mu for mu, _ in posteriors]).float()
+        mu = full_precision(torch.stack([mu for mu, _ in posteriors]))
         std = torch.stack([posterior_std(logvar) for _, logvar in posteriors])
         z = mu + std * noise
         images = torch.stack([self.decoder(latents) for latents in z])
