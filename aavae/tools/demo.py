@@ -318,6 +318,16 @@ def _plan(data: str) -> Plan:
     return PLANS[data]
 
 
+def _finished(path: Path, data: str) -> dict[str, Any] | None:
+    "The table of a demo that is done; None if there is none. Raises `InputError` if it is of other images."
+    if not path.exists():
+        return None
+    table = json.loads(path.read_text("utf-8"))
+    if table["data"] != data:
+        raise InputError(f"{path.parent} holds the demo on {table['data']}; choose another --out")
+    return table
+
+
 def demo(out: str | Path | None = None, overwrite: bool = False, data: str = "cifar10-mini", **changes) -> Path:
     """Pretrains encoders on `data`, `cifar10-mini` or `digits`, measures them, and writes a page. Returns its path.
 
@@ -325,8 +335,8 @@ def demo(out: str | Path | None = None, overwrite: bool = False, data: str = "ci
     `train__max_epochs=2`. A demo that was stopped is resumed; a finished one only shows its table again."""
     plan, out = _plan(data), Path(out or FOLDERS[data])
     page, table_file, started = out / "report.html", out / "table.json", time.time()
-    if table_file.exists() and not overwrite:
-        print(_text(json.loads(table_file.read_text("utf-8"))))
+    if not overwrite and (table := _finished(table_file, data)):
+        print(_text(table))
         print(f"\nThis demo is done: {page}. Repeat it with --overwrite true.")
         return page
     if out.exists() and not out.is_dir():
@@ -335,7 +345,7 @@ def demo(out: str | Path | None = None, overwrite: bool = False, data: str = "ci
     with _threads(plan.threads):
         configs = {name: plan.config(name, changes) for name in plan.runs}
         runs = {name: _pretrain_one(name, c, out / name.lower(), overwrite) for name, c in configs.items()}
-        table = _table(plan, measure(runs, plan), runs, time.time() - started)
+        table = {"data": data} | _table(plan, measure(runs, plan), runs, time.time() - started)
         _write(out, plan, table, runs)
     print(_text(table))
     print(f"\nThe page: {page}")
