@@ -411,7 +411,9 @@ class RunExplorer(Explorer):
     def missing(self) -> str | None:
         "The folder of the only run that is wanted, if it is not there."
         path = self.wanted.path if isinstance(self.wanted, Run) else self.wanted
-        return str(path) if isinstance(path, (str, Path)) and not (Path(path) / "config.yaml").is_file() else None
+        if not isinstance(path, (str, Path)) or str(path).startswith("zoo:"):
+            return None
+        return None if (Path(path) / "config.yaml").is_file() else str(path)
 
     def about(self, run: Run) -> str:
         "A run in one line."
