@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
     for path in NOTEBOOKS.glob("*.ipynb"):
         study = {"3_density": "runs/density", "5_sensitivity": "runs/beta"}.get(path.stem, "")
         text = path.read_text().replace(RESULTS, study)
-        for zoo, tiny in {"aavae": "aavae", "aaae": "vae"}.items():
+        for zoo, tiny in {"aavae": "aavae", "plus": "aavae", "aaae": "vae"}.items():
             text = text.replace(f"zoo:{zoo}-cifar10-small", f"runs/{tiny}")
         (folder / path.name).write_text(text)
     tiny = dict(train__max_epochs=2, train__warmup_epochs=1, train__knn_every_n_epochs=1, train__accelerator="cpu")

@@ -58,6 +58,8 @@ def zoo_config(config: Config) -> Config:
 def add_to_zoo(run: Run, name: str, zoo: Path = ZOO) -> Path:
     """Writes `run` to a zoo as `name`, in half precision, with its records on test images, and returns the folder.
 
+    Where the decoder returns no images, only the encoder is written.
+
     Raises `InputError` if the run is not finished or has no record of its last encoder."""
     facts = run.facts
     if not facts["finished"]:
@@ -69,7 +71,9 @@ def add_to_zoo(run: Run, name: str, zoo: Path = ZOO) -> Path:
     folder = make_folder(zoo / name)
     model = run.model().half()
     about = {k: v for k, v in facts.items() if k not in ("format", "sha256", "model")}
-    save_encoder(folder / "encoder.safetensors", model, {"model": facts["model"].__dict__} | about, whole=True)
+    save_encoder(
+        folder / "encoder.safetensors", model, {"model": facts["model"].__dict__} | about, whole=run.config.decodes
+    )
     run_there = Run(folder, zoo_config(run.config))
     (folder / "config.yaml").write_text(run_there.config.to_yaml(), "utf-8")
     (folder / "results.json").write_text("[]\n", "utf-8")
