@@ -149,14 +149,20 @@ def _unchanged(batch):
     return batch
 
 # %% ../nbs/3_training/08_loader.ipynb #3a8a2dba
-def _start(loader) -> Iterator:
-    """The loader's iterator, with the handler of SIGCHLD as it was.
+def _is_of_torch(handler) -> bool:
+    return str(getattr(handler, "__module__", "")).startswith("torch.")
 
-    PyTorch's raises wherever the main thread happens to be; without it, a dead worker is found by `next`."""
-    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+
+def _start(loader) -> Iterator:
+    """The loader's iterator, without PyTorch's handler of SIGCHLD, which an earlier loader may have left.
+
+    It raises wherever the main thread happens to be; without it, a dead worker is found by `next`."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
     source = iter(loader)
-    if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)
+    if _is_of_torch(signal.getsignal(signal.SIGCHLD)):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if _is_of_torch(before) else before)
     return source
 
 
