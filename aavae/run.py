@@ -304,16 +304,16 @@ class Run:
         "The tensors of a milestone. Raises `InputError` if it holds only an encoder."
         path = self.encoder_path(epoch)
         tensors = _tensors(path, self.facts_at(epoch))
-        if "logscale" not in tensors and self.is_of_zoo:
+        if any(name.startswith("encoder.") for name in tensors):
+            return tensors
+        if self.is_of_zoo:
             raise InputError(
                 f"zoo:{self.path.name} holds only an encoder; what needs more of the model needs a run here"
             )
-        if "logscale" not in tensors:
-            raise InputError(
-                f"{path} holds only an encoder, as earlier versions wrote it; "
-                "leave out --epoch, which takes the last model, or repeat the run"
-            )
-        return tensors
+        raise InputError(
+            f"{path} holds only an encoder, as earlier versions wrote it; "
+            "leave out --epoch, which takes the last model, or repeat the run"
+        )
 
     def require_decoder(self, purpose: str):
         "Raises `InputError` if the run has no decoder of images for a `purpose`, such as `reconstructions`."

@@ -93,7 +93,10 @@ def test_what_needs_a_decoder_says_so_and_the_rest_works(tmp_path):
     from aavae.explore.plots import reconstructions
     from aavae.explore.report import write_report
 
-    run = pretrain(config_of("rotation", **{"train.max_steps": 2}), tmp_path / "run", show_progress=False)
+    whole_epoch = {"train.max_steps": None, "train.batch_size": 512, "train.keep_at_epochs": [1]}
+    run = pretrain(config_of("rotation", **whole_epoch), tmp_path / "run", show_progress=False)
+    kept, last = (model.encoder.conv1.weight for model in (run.model(epoch=1), run.model()))
+    assert torch.equal(kept, last)
     with pytest.raises(InputError, match="has no decoder of images, so no reconstructions"):
         reconstructions(run)
     with pytest.raises(InputError, match="has no posterior"):
