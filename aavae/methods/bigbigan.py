@@ -6,7 +6,7 @@
 __all__ = ['Discriminator', 'BigBiGANConfig', 'BigBiGAN']
 
 # %% ../../nbs/4_methods/23_bigbigan.ipynb #f0e6ec62
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..build import Setting
 from ..encoder import Projection
 from ..loss import posterior_std
 from ..method import Batch, full_precision
-from .common import View, ViewMethod
+from .common import View, ViewMethod, in_own_colours
 from ..model import NOISE
 from ..rng import normal
 
@@ -70,8 +70,7 @@ class BigBiGAN(ViewMethod):
     Options = BigBiGANConfig
 
     def __init__(self, setting: Setting, options: BigBiGANConfig):
-        plain = replace(setting.views, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarise_p=0.0)
-        super().__init__(setting, [View(plain)])
+        super().__init__(setting, [View(in_own_colours(setting.views))])
         self.latent_dim = setting.model.latent_dim
         self.projection = Projection(setting.encoder.dim, self.latent_dim)
         self.generator = setting.model.build_decoder(self.size)

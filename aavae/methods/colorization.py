@@ -6,7 +6,7 @@
 __all__ = ['TO_XYZ', 'WHITE', 'LUMA', 'to_lab', 'colour_bins', 'ColorizationConfig', 'Colorization', 'rarity']
 
 # %% ../../nbs/4_methods/18_colorization.ipynb #4d602c5c
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..build import Setting
 from ..data import Split
 from ..decoder import enlarge
 from ..method import Batch, full_precision
-from .common import View, ViewMethod
+from .common import View, ViewMethod, in_own_colours
 from ..rng import permutation
 
 # %% ../../nbs/4_methods/18_colorization.ipynb #c138b071
@@ -67,8 +67,7 @@ class Colorization(ViewMethod):
     bins: Tensor
 
     def __init__(self, setting: Setting, options: ColorizationConfig):
-        plain = replace(setting.views, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarise_p=0.0)
-        super().__init__(setting, [View(plain)])
+        super().__init__(setting, [View(in_own_colours(setting.views))])
         bins = torch.tensor(colour_bins(options.bin_width))
         dim, hidden = setting.encoder.dim, options.hidden_dim
         self.uniform = options.uniform

@@ -16,7 +16,7 @@ from ..build import Setting
 from ..encoder import patch_positions
 from ..errors import InputError
 from ..method import Batch, full_precision
-from .common import View, ViewMethod
+from .common import View, ViewMethod, in_own_colours
 from ..model import NOISE
 from ..rng import uniform
 
@@ -81,7 +81,7 @@ class MAE(ViewMethod):
     def __init__(self, setting: Setting, options: MAEConfig):
         low, high = setting.views.crop_scale
         scale = (min(max(low, options.crop_scale), high), high)
-        plain = replace(setting.views, crop_scale=scale, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarise_p=0.0)
+        plain = replace(in_own_colours(setting.views), crop_scale=scale)
         super().__init__(setting, [View(plain)])
         self.patch = setting.encoder.patch
         self.patches = (self.size // self.patch) ** 2

@@ -10,12 +10,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 
 from ..build import Setting
 from ..method import Batch, full_precision
-from .common import Prototypes, Queue, View, ViewMethod, gathered, small_views, swapped_prediction
+from aavae.methods.common import (
+    Prototypes,
+    Queue,
+    View,
+    ViewMethod,
+    first_row,
+    gathered,
+    small_views,
+    swapped_prediction,
+)
 from .registry import lightly_parts
 
 # %% ../../nbs/4_methods/12_swav.ipynb #d56ffed1
@@ -73,8 +81,8 @@ class SwAV(ViewMethod):
         weights = torch.cat([torch.ones_like(batch[:, 0]), used.to(batch)])
         scores = self.prototypes(torch.cat([batch, queue.rows.to(batch)])) / self.options.epsilon
         q = sinkhorn(scores, weights, self.options.rounds)
-        rank = dist.get_rank() if len(batch) > len(z) else 0
-        return q[rank * len(z) : (rank + 1) * len(z)]
+        start = first_row(len(z))
+        return q[start : start + len(z)]
 
     def loss(self, *outputs: Tensor, learn: bool | Tensor = True) -> Tensor:
         "Equation 2 from z of each view, averaged over pairs of views and over images."
