@@ -574,9 +574,7 @@ def cmd_study(argv: list[str]):
 # %% ../nbs/8_tools/08_cli.ipynb #comparecmd
 def cmd_compare(argv: list[str]):
     "Trains and measures AAVAE and other methods side by side, on one encoder and one budget."
-    from aavae.studies.compare import Budget, compare, compare_jobs, compare_text, method_names
-    from aavae.studies.plan import Options
-    from aavae.studies.results import points
+    from aavae.studies.compare import RATES, Budget, Comparison, compare, compare_text, method_names
     from aavae.studies.runner import Executor
 
     parser = new_parser("compare", "Train and measure methods side by side, or what is left of it, and write tables.")
@@ -586,6 +584,8 @@ def cmd_compare(argv: list[str]):
     add("--scale", type=str, default="small", help="small: for two CPU cores; paper: the preset as it is")
     add("--budget", type=str, required=True, help="of each run: views=450000, passes=450000 or minutes=10")
     add("--seeds", type=tuple[int, ...], default=(0,), help="one pretraining each, '[0, 1, 2]' say")
+    rates = "learning rates tried on a quarter of the budget; validation chooses. One alone is taken as it is"
+    add("--rates", type=tuple[float, ...], default=RATES, help=rates)
     add("--out", type=str, required=True, help="folder of the comparison")
     add("--retry", type=bool, default=False, help="repeat what failed")
     add("--executor", type=str, default="here", help="here: one run after another; local: several at a time; slurm")
@@ -593,11 +593,10 @@ def cmd_compare(argv: list[str]):
     add("--slurm", type=dict, default={}, help="settings for submitit, '{slurm_partition: gpu, timeout_min: 600}' say")
     add_config(parser, argv, _study_base(argv))
     args = parse(parser, argv)
-    base, seeds = read_config(args, parser), Options(seeds=args.seeds).seeds
     names, budget = method_names(args.methods), Budget.read(args.budget)
-    compare(names, base, args.out, budget, seeds, Executor(args.executor, args.jobs, args.slurm), args.retry)
-    found = points(args.out, [job.name for job in compare_jobs(names, base, budget, seeds)])
-    print(f"{compare_text(found, 'text')}\n\nTables and figure: {args.out}/compare.md, compare.html")
+    plan = Comparison(names, read_config(args, parser), budget, tuple(args.seeds), tuple(args.rates))
+    compare(plan, args.out, Executor(args.executor, args.jobs, args.slurm), args.retry)
+    print(f"{compare_text(plan, Path(args.out), 'text')}\n\nTables and figure: {args.out}/compare.md, compare.html")
 
 # %% ../nbs/8_tools/08_cli.ipynb #7c04dd19
 def cmd_embed(argv: list[str]):
