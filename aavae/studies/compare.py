@@ -28,7 +28,7 @@ from .measure import Task
 from .plan import Job, Options, Variants, budgeted, of_untrained
 from .results import Point, column, plus_minus, points, spread_over_seeds
 from .runner import Executor, Journal, Place, carry_out
-from ..words import format_table
+from ..words import format_table, network_name
 
 # %% ../../nbs/6_studies/06_compare.ipynb #e17ee1dd
 AXES = {"views": "views_seen", "passes": "encoder_passes", "minutes": "minutes"}  # budgets, and their name in a record
@@ -178,12 +178,15 @@ class Comparison:
         return found
 
     def jobs(self, rates: dict[str, float]) -> list[Job]:
-        "A run of each method and seed at its learning rate. The untrained network is measured once for each seed."
-        found = []
+        "A run of each method and seed at its learning rate. Each untrained encoder is measured once for each seed."
+        found, measured = [], set()
         for seed in self.seeds:
-            for i, (name, rate) in enumerate(rates.items()):
-                tasks = PROBED if i else PROBED + of_untrained(PROBED)
-                found.append(Job(run_name(name, seed), self.config(name, rate, seed), tasks))
+            for name, rate in rates.items():
+                config = self.config(name, rate, seed)
+                encoder = (config.model.encoder, seed)
+                tasks = PROBED if encoder in measured else PROBED + of_untrained(PROBED)
+                measured.add(encoder)
+                found.append(Job(run_name(name, seed), config, tasks))
         return found
 
     def found(self, out: Path) -> list[Point]:
@@ -199,16 +202,18 @@ def method_title(p: Point) -> str:
 def curves(found: list[Point], axis: str, measured: str) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
     "For each method the curves of its seeds, budget and accuracy (0 to 1), by the `column` that is read."
     chosen = [p for p in found if p["metric"] == "top1" and column(p) == measured]
-    start = {p["pretrain"]["seed"]: p["value"] for p in chosen if p["untrained"]}
+    start = {(p["encoder"], p["pretrain"]["seed"]): (0.0, p["value"]) for p in chosen if p["untrained"]}
     runs: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for p in chosen:
-        if not p["untrained"]:
-            key = (method_title(p), p["pretrain"]["seed"])
-            runs.setdefault(key, []).append((p["pretrain"][AXES[axis]], p["value"]))
+        if p["untrained"]:
+            continue
+        seed = p["pretrain"]["seed"]
+        begin = start.get((p["encoder"], seed))
+        values = runs.setdefault((method_title(p), seed), [begin] if begin else [])
+        values.append((p["pretrain"][AXES[axis]], p["value"]))
     drawn: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for (name, seed), values in runs.items():
-        begin = [(0.0, start[seed])] if seed in start else []
-        x, y = np.array(sorted(begin + values)).T
+    for (name, _), values in runs.items():
+        x, y = np.array(sorted(values)).T
         drawn.setdefault(name, []).append((x, y))
     return drawn
 
@@ -237,17 +242,22 @@ def at_equal(found: list[Point], axis: str) -> tuple[float, list[dict[str, str]]
             values = values_of(name, measured)
             row[measured] = plus_minus(*spread_over_seeds(values)) if values else ""
         rows.append(row)
-    return common, rows + _untrained_row(found, columns)
+    return common, rows + _untrained_rows(found, columns)
 
 
-def _untrained_row(found: list[Point], columns: list[str]) -> list[dict[str, str]]:
-    "The row of the network before training, if it was measured."
-    row = {"method": "untrained"}
-    for measured in columns:
-        values = [100 * p["value"] for p in found if p["untrained"] and column(p) == measured and p["metric"] == "top1"]
-        if values:
-            row |= {"seeds": str(len(values)), measured: plus_minus(*spread_over_seeds(values))}
-    return [row] if len(row) > 1 else []
+def _untrained_rows(found: list[Point], columns: list[str]) -> list[dict[str, str]]:
+    "A row for each encoder before training."
+    read: dict[tuple[str, str], list[float]] = {}
+    for p in found:
+        if p["untrained"] and p["metric"] == "top1":
+            read.setdefault((network_name(p), column(p)), []).append(100 * p["value"])
+    rows = []
+    for network in dict.fromkeys(network for network, _ in read):
+        values = {name: read[network, name] for name in columns if (network, name) in read}
+        seeds = str(max(map(len, values.values())))
+        shown = {name: plus_minus(*spread_over_seeds(each)) for name, each in values.items()}
+        rows.append({"method": f"untrained {network}", "seeds": seeds} | shown)
+    return rows
 
 
 def costs(found: list[Point]) -> list[dict[str, str]]:
