@@ -235,8 +235,8 @@ def _say_done(run: Run):
     "What was trained, and what comes next."
     facts = run.facts
     print(
-        f"{run.path}: {run.config.objective.name}, {facts['epochs']:g} epochs, {facts['views_seen']:,} views of "
-        f"{facts['label']}, {facts['minutes']:.1f} minutes"
+        f"{run.path}: {run.config.objective.name}, {round(facts['epochs'], 2):g} epochs, "
+        f"{facts['views_seen']:,} views of {facts['label']}, {facts['minutes']:.1f} minutes"
         + ("" if facts["finished"] else "; unfinished, continue with --resume true")
     )
     if facts["skipped"]:

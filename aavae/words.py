@@ -144,7 +144,7 @@ def _about(record: dict[str, Any]) -> dict[str, str]:
         "objective": objective_name(record),
         "encoder": network_name(record),
         "pretrained on": "" if record["untrained"] else pretrain["label"],
-        "epochs": f"{pretrain['epochs']:g}",
+        "epochs": f"{round(pretrain['epochs'], 2):g}",
         "views seen": f"{pretrain['views_seen']:,}",
         "seed": str(pretrain["seed"]),
         "task": task_name(record),

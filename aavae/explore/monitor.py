@@ -332,9 +332,9 @@ class RunWatcher(Explorer):
         if now.name == "training":
             return self.pace() + f" ({now.writer})"
         if now.name == "stopped":
-            return f" at epoch {now.epochs:g}"
+            return f" at epoch {round(now.epochs, 2):g}"
         if now.name == "finished":
-            return f" after {now.epochs:g} epochs and {now.minutes:.1f} minutes"
+            return f" after {round(now.epochs, 2):g} epochs and {now.minutes:.1f} minutes"
         return {"starting": ", a matter of seconds", "stopping": ", the run is being saved"}.get(now.name, "")
 
     def pace(self) -> str:
@@ -457,7 +457,7 @@ class TrainingMonitor(RunWatcher):
         "Goes on with the run that is there. Raises `InputError` if it is finished and nothing more is asked for."
         arguments = self.arguments()
         if self.activity.name == "finished" and not any(word in a for a in arguments for word in MORE):
-            done = f"the run is finished after {self.activity.epochs:g} epochs"
+            done = f"the run is finished after {round(self.activity.epochs, 2):g} epochs"
             raise InputError(f"{done}; write --train.max_epochs with a larger number among the arguments")
         self.launch("--resume", "true", *arguments)
 

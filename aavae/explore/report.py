@@ -216,7 +216,7 @@ def _trained_row(name: str, run: Run, facts: dict) -> list[str]:
         name,
         facts["label"],
         f"{network_name(config.model)}, {config.model.latent_dim} latents",
-        f"{facts['epochs']:g}{unfinished}",
+        f"{round(facts['epochs'], 2):g}{unfinished}",
         f"{facts['views_seen']:,}",
         str(config.train.seed),
         facts.get("device", "not recorded"),
@@ -230,7 +230,7 @@ def _unfinished(name: str, facts: dict) -> str:
         return _missing(f"No encoder of {name}", facts["missing"])
     if facts["finished"]:
         return ""
-    why = f"it stands at epoch {facts['epochs']:g}, and so does this page; go on with --resume true"
+    why = f"it stands at epoch {round(facts['epochs'], 2):g}, and so does this page; go on with --resume true"
     return _missing(f"{name} is unfinished", why)
 
 
@@ -545,7 +545,7 @@ def _flat(tree: dict, prefix: str = "") -> list[list[str]]:
 def _one_record(name: str, record: dict) -> str:
     "All fields of a record, folded under a line that says what it is."
     evaluation = record["eval"]
-    when = "untrained" if record["untrained"] else f"after {record['pretrain']['epochs']:g} epochs"
+    when = "untrained" if record["untrained"] else f"after {round(record['pretrain']['epochs'], 2):g} epochs"
     value = f"{record['metric']} {format_value(record)} {unit(record['metric'])}".strip()
     on = f"{evaluation['label']} {evaluation['split']}, n = {evaluation['n']:,}"
     table = html_table(["field", "value"], _flat(record), "All fields of this record")

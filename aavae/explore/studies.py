@@ -478,7 +478,7 @@ class StudyExplorer(RecordExplorer):
         button = W.Button(description=f"Open {p['run']}", tooltip=str(path), layout=W.Layout(width="auto"))
         button.disabled = not there
         button.on_click(lambda _: self.open_run(path))
-        text = f"{format_value(p)} {unit(p['metric'])} after {trained['epochs']:g} epochs"
+        text = f"{format_value(p)} {unit(p['metric'])} after {round(trained['epochs'], 2):g} epochs"
         text += f", {trained['views_seen']:,} views, seed {trained['seed']}"
         if not there:
             text += "; only its records are here, not its weights"

@@ -419,7 +419,7 @@ class RunExplorer(Explorer):
         "A run in one line."
         facts = run.facts
         network = network_name(run.config.model)
-        return f"{run.config.objective.name}, {network}, {facts['label']}, {facts['epochs']:g} epochs"
+        return f"{run.config.objective.name}, {network}, {facts['label']}, {round(facts['epochs'], 2):g} epochs"
 
     def note(self) -> str:
         "What is odd about the runs at this moment."

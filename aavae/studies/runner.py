@@ -160,7 +160,7 @@ def state(job: Job, out: Path) -> str:
         keys = [task.key(epoch) for task, epoch in measurements(job, Run.load(folder))]
         return "done" if set(keys) <= set(journal.done) else "trained, to be measured"
     try:
-        return f"at epoch {encoder_facts(folder / 'encoder.safetensors')['epochs']:g}"
+        return f"at epoch {round(encoder_facts(folder / 'encoder.safetensors')['epochs'], 2):g}"
     except InputError:
         return "to do"
 

@@ -123,7 +123,7 @@ def _facts_table(run: Run, facts: dict[str, Any]) -> str:
     views = [f"{k.split('.')[1]} {v}" for k, v in config.flat().items() if k.startswith("views.")]
     if not config.objective.augment:
         views = ["none: the images as they are"]
-    budget = f"{facts['epochs']:g} epochs, {facts['views_seen']:,} views, {facts['minutes']:.1f} minutes"
+    budget = f"{round(facts['epochs'], 2):g} epochs, {facts['views_seen']:,} views, {facts['minutes']:.1f} minutes"
     after = f"{train.warmup_epochs} warm-up epochs, batch {train.batch_size}, seed {train.seed}"
     rows = {
         "architecture": f"{network_name(model)}, {stem}",

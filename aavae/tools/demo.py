@@ -239,7 +239,7 @@ def _budget(runs: dict[str, Run]) -> str:
     for name, run in runs.items():
         facts = run.facts
         took = f"{60 * facts['minutes']:.0f} s"
-        parts.append(f"{name} {facts['views_seen']:,} views ({facts['epochs']:g} epochs) in {took}")
+        parts.append(f"{name} {facts['views_seen']:,} views ({round(facts['epochs'], 2):g} epochs) in {took}")
     return ", ".join(parts)
 
 
