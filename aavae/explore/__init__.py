@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compare import CompareExplorer as CompareExplorer
     from .maps import EmbeddingMap as EmbeddingMap
     from .maps import SimilarityExplorer as SimilarityExplorer
     from .monitor import TrainingMonitor as TrainingMonitor
@@ -24,6 +25,7 @@ MODULES = {
     "TrainingMonitor": "monitor",
     "DensityExplorer": "studies",
     "StudyExplorer": "studies",
+    "CompareExplorer": "compare",
     "digits_run": "widgets",
 }
 __all__ = list(MODULES)
