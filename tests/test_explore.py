@@ -259,16 +259,13 @@ def test_augmentations(visit):
     v.move("grey p", times=4)
     v.move("flip", "End")
     v.move("image", times=3)
-    images, config, index = (
-        load_data(DataConfig("digits", image_size=32)).split("test"),
-        preset("digits", views__grey_p=0.2, views__flip=1.0).views,
-        torch.tensor([3]),
-    )
+    images, index = load_data(DataConfig("cifar10-mini")).split("test"), torch.tensor([3])
+    config = preset("cifar10", views__grey_p=0.4, views__flip=1.0).views
     expected = torch.cat([random_views(images.images_at(index), config, 0, k, index) for k in range(6)])
     v.until(lambda: same(v.image("views 0 – 5"), expected))
     same(v.image("original"), images.images_at(index) / 255)
     text = v.box.locator("textarea").input_value()
-    assert "grey_p: 0.2" in text and "flip: 1.0" in text
+    assert "grey_p: 0.4" in text and "flip: 1.0" in text
 
 
 def test_reconstructions(visit, folder):

@@ -297,7 +297,8 @@ def compare_text(plan: Comparison, out: Path, style: Literal["md", "text"] = "md
     found, mark, parts = plan.found(out), "## " if style == "md" else "", []
     for axis in AXES:
         common, rows = at_equal(found, axis)
-        parts += [f"{mark}At {common:,.4g} {TITLES[axis]}", format_table(rows, style)]
+        amount = f"{common:.3g}" if axis == "minutes" else f"{common:,.0f}"
+        parts += [f"{mark}At {amount} {TITLES[axis]}", format_table(rows, style)]
     parts += [f"{mark}What was spent", format_table(costs(found), style)]
     tried = rates_table(plan, out)
     if tried:
