@@ -1,5 +1,6 @@
 "Fixtures: the command line, the browser, and real images from the folder that AAVAE_TEST_DATA names."
 
+import itertools
 import multiprocessing
 import os
 import resource
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,7 +77,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def aavae():
-    "Runs one command line in a process of its own: aavae('pretrain', '--out', ...) -> CompletedProcess."
+    "Runs one command line in an interpreter of its own: aavae('pretrain', '--out', ...) -> CompletedProcess."
 
     def run(*args, **options):
         return subprocess.run(
@@ -97,58 +99,106 @@ PRELOAD = [
     "aavae.explore.report",
     "aavae.tools.export",
     "jsonargparse",
+    "docstring_parser",
+    "sklearn.datasets",
     "torchvision.datasets",
 ]
 
 
-def _child(argv, out, err, memory):
-    "A command line in a process that has imported everything already."
+def _child(argv, out, err, code, memory, env, new_session):
+    "A command line, or Python `code`, in a process that has imported everything already."
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    if new_session:
+        os.setsid()
     if memory:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
     import torch
 
     from aavae.cli import main
 
     torch.set_num_threads(1)
+    sys.argv = ["-c", *argv]
     try:
-        code = main(argv)
+        status = main(argv) if code is None else exec(code, {"__name__": "__main__"})
     except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 1
+        status = e.code if isinstance(e.code, int) else 1
     except BaseException:
         import traceback
 
         traceback.print_exc()
-        code = 1
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code or 0)
+    os._exit(status or 0)
+
+
+class Started:
+    "A command that runs: what `subprocess.Popen` has, as far as the tests need it."
+
+    def __init__(self, process, args, out: Path, err: Path):
+        self.process, self.args, self.out, self.err = process, args, out, err
+        self.pid = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, signum: int):
+        os.kill(self.pid, signum)
+
+    def finish(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        "Waits for the end. Raises `TimeoutError` if it does not come, and kills the process."
+        self.process.join(timeout)
+        out, err = (path.read_text(errors="replace") if path.exists() else "" for path in (self.out, self.err))
+        if self.process.is_alive():
+            self.process.kill()
+            raise TimeoutError(f"{timeout} s were not enough for {self.args}; its last words: {err[-500:]}")
+        return subprocess.CompletedProcess(self.args, self.returncode, out, err)
 
 
 @pytest.fixture(scope="session")
-def quick_aavae(tmp_path_factory):
-    """Like `aavae`, in a fork of a process that has done the imports: for many short commands. `memory` limits the
-    address space in bytes."""
+def start_aavae(tmp_path_factory):
+    """Starts a command line, or Python `code`, in a fork of a process that has done the imports: start_aavae(...) ->
+    Started. `memory` limits the address space in bytes, `env` is the whole environment."""
     context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("out")
     context.set_forkserver_preload(PRELOAD)
+    number = itertools.count()
 
-    def run(*args, timeout=300, memory=None):
-        out, err = folder / "out", folder / "err"
-        process = context.Process(target=_child, args=(list(map(str, args)), str(out), str(err), memory))
+    def start(*args, code=None, memory=None, env=None, new_session=False):
+        n, words = next(number), list(map(str, args))
+        out, err = folder / f"{n}.out", folder / f"{n}.err"
+        given = (words, str(out), str(err), code, memory, None if env is None else dict(env), new_session)
+        process = context.Process(target=_child, args=given)
         process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            raise TimeoutError(
-                f"{timeout} s were not enough for {args}; its last words: {err.read_text(errors='replace')[-500:]}"
-            )
-        return subprocess.CompletedProcess(
-            args, process.exitcode, out.read_text(errors="replace"), err.read_text(errors="replace")
-        )
+        return Started(process, args, out, err)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def quick_aavae(start_aavae):
+    "Like `aavae`, in a fork of a process that has done the imports; the options are those of `start_aavae`."
+
+    def run(*args, timeout=300, **options):
+        return start_aavae(*args, **options).finish(timeout)
 
     return run
+
+
+def wait_for(what, process, seconds: float = 120):
+    "Waits until `what()` is true or the process has ended."
+    until = time.time() + seconds
+    while not what() and process.poll() is None:
+        assert time.time() < until, "it did not come to that"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

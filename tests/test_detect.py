@@ -5,19 +5,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
-from conftest import flags
+from conftest import flags, wait_for
 
 from aavae import Run
 from aavae.files import load_checkpoint
 
 PRETRAIN = flags(preset="digits", train__max_steps=2, train__knn_every_n_epochs=0, train__accelerator="cpu")
 SMALL = flags(max_steps=30, batch_size=2, image_size=96, warmup_steps=2, save_every_n_steps=2, data__workers=0)
-MAIN = [sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())"]
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +40,10 @@ def pretrained(quick_aavae, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(aavae, bccd, pretrained, tmp_path_factory):
+def whole(quick_aavae, bccd, pretrained, tmp_path_factory):
     "A detector that nothing disturbed."
     out = shutil.copytree(pretrained, tmp_path_factory.mktemp("whole") / "run")
-    done = aavae("detect", out, "--data.root", bccd, *SMALL)
+    done = quick_aavae("detect", out, "--data.root", bccd, *SMALL)
     assert done.returncode == 0, done.stderr
     assert "WBC: AP" in done.stdout and "ap50" in done.stdout
     return out
@@ -73,21 +69,19 @@ def test_records_and_files(whole):
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_stopped_and_resumed_is_the_same(aavae, bccd, pretrained, whole, tmp_path, signum, code):
+def test_stopped_and_resumed_is_the_same(start_aavae, bccd, pretrained, whole, tmp_path, signum, code):
     "A detector stopped by a signal and resumed ends in the same weights, losses, predictions and figures."
     out = shutil.copytree(pretrained, tmp_path / "run")
     line, folder = ["detect", str(out), "--data.root", str(bccd), *SMALL], out / "detect" / "bccd-voc"
-    process = subprocess.Popen([*MAIN, *line], stderr=subprocess.PIPE, text=True)
-    until = time.time() + 120
-    while not (folder / "last.ckpt").exists() and process.poll() is None and time.time() < until:
-        time.sleep(0.02)
+    process = start_aavae(*line)
+    wait_for((folder / "last.ckpt").exists, process)
     process.send_signal(signum)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
+    stopped = process.finish()
+    assert stopped.returncode == code, stopped.stderr
     if code > 0:
-        assert "continue with --resume true" in err and "Traceback" not in err
+        assert "continue with --resume true" in stopped.stderr and "Traceback" not in stopped.stderr
     assert 0 < load_checkpoint(folder / "last.ckpt")["step"] < 30
-    done = aavae(*line, "--resume", "true")
+    done = start_aavae(*line, "--resume", "true").finish()
     assert done.returncode == 0, done.stderr
     other = whole / "detect" / "bccd-voc"
     for name in ("metrics.csv", "predictions.json", "predictions.png"):
@@ -95,22 +89,21 @@ def test_stopped_and_resumed_is_the_same(aavae, bccd, pretrained, whole, tmp_pat
     assert [r["value"] for r in Run.load(out).records()] == [r["value"] for r in Run.load(whole).records()]
 
 
-def test_two_processes(aavae, bccd, pretrained, tmp_path):
+def test_two_processes(start_aavae, bccd, pretrained, tmp_path):
     """Two processes train one detector, stop together at Ctrl-C and go on; the predictions that they share are
     those that one process makes with the same weights, and they are told once."""
     out, env = shutil.copytree(pretrained, tmp_path / "run"), os.environ | {"OMP_NUM_THREADS": "1"}
     line, folder = ["detect", str(out), "--data.root", str(bccd), *SMALL], out / "detect" / "bccd-voc"
-    process = subprocess.Popen([*MAIN, *line, "--devices", "2"], stderr=subprocess.PIPE, text=True, env=env)
-    until = time.time() + 120
-    while not (folder / "last.ckpt").exists() and process.poll() is None and time.time() < until:
-        time.sleep(0.02)
+    process = start_aavae(*line, "--devices", "2", env=env)
+    wait_for((folder / "last.ckpt").exists, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and err.count("continue with --resume true") == 1 and "Traceback" not in err, err
+    stopped = process.finish()
+    err = stopped.stderr
+    assert stopped.returncode == 130 and err.count("continue with --resume true") == 1 and "Traceback" not in err, err
     assert 0 < load_checkpoint(folder / "last.ckpt")["step"] < 30
     told = []
     for devices in ("2", "1"):
-        done = aavae(*line, "--resume", "true", "--devices", devices, env=env)
+        done = start_aavae(*line, "--resume", "true", "--devices", devices, env=env).finish()
         assert done.returncode == 0 and done.stdout.count("WBC: AP") == 1, done.stderr
         told.append(
             (

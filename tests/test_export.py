@@ -3,13 +3,10 @@
 import base64
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +17,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PRELOAD, _child
 from PIL import Image
 
 from aavae import Config, InputError, ModelConfig, Run, build_model
@@ -98,46 +94,40 @@ def table(path: Path) -> tuple[list[str], np.ndarray]:
     return rows["path"].to_pylist(), np.stack(rows["embedding"].to_numpy())
 
 
-def _embed(part: int, argv: list[str], out: str, err: str):
-    "`aavae embed` in parts of `part` images."
-    import aavae.tools.parts
-
-    aavae.tools.parts.PART = part
-    _child(argv, out, err, None)
+# `aavae embed`, with the arguments after the first, in parts of so many images as the first says
+EMBED = """
+import sys
+import aavae.tools.parts
+from aavae.cli import main
+aavae.tools.parts.PART = int(sys.argv[1])
+sys.exit(main(sys.argv[2:]))
+"""
 
 
 class Command:
     "`aavae embed`, begun in a process that has done its imports."
 
-    def __init__(self, part: int, library: Path, run: Run, out: Path):
-        self.log = out.parent.parent
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-        self.parts, argv = (
-            out.with_name(f"{out.name}.parts"),
-            ["embed", str(library), "--run", str(run.path), "-o", str(out), "--batch_size", "16"],
-        )
-        self.process = context.Process(
-            target=_embed, args=(part, argv, str(out.parent.parent / "out"), str(out.parent.parent / "err"))
-        )
-        self.process.start()
+    def __init__(self, start_aavae, part: int, library: Path, run: Run, out: Path):
+        self.parts = out.with_name(f"{out.name}.parts")
+        line = ["embed", library, "--run", run.path, "-o", out, "--batch_size", 16]
+        self.process = start_aavae(part, *line, code=EMBED)
 
     def stop(self, parts: int, signum: int):
         "Sends a signal when there are so many parts."
         until = time.time() + 120
-        while len(list(self.parts.glob("*.npz"))) < parts and self.process.is_alive() and time.time() < until:
+        while len(list(self.parts.glob("*.npz"))) < parts and self.process.poll() is None and time.time() < until:
             time.sleep(0.002)
-        os.kill(self.process.pid, signum)
+        self.process.send_signal(signum)
         return self.end()
 
     def end(self) -> tuple[int, str, str]:
         "Exit code, and what was printed."
-        self.process.join(120)
-        return self.process.exitcode, (self.log / "out").read_text(), (self.log / "err").read_text()
+        done = self.process.finish(120)
+        return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("suffix", ["npz", "parquet"])
-def test_killed_anywhere(suffix, small, library, tmp_path):
+def test_killed_anywhere(start_aavae, suffix, small, library, tmp_path):
     """SIGKILL at several moments, and a SIGTERM, cost at most the part in hand; the table is the one of an
     undisturbed command."""
     if suffix == "parquet":
@@ -145,7 +135,7 @@ def test_killed_anywhere(suffix, small, library, tmp_path):
     out = tmp_path / "made" / f"cut.{suffix}"
     about = embed_folder(small, library, out.with_name(f"whole.{suffix}"), batch_size=16, show_progress=False)
     assert (about["n"], about["skipped"]) == (600, 2)
-    covered, begin = 0, lambda: Command(48, library, small, out)
+    covered, begin = 0, lambda: Command(start_aavae, 48, library, small, out)
     for after, stop in ((2, signal.SIGKILL), (5, signal.SIGTERM), (8, signal.SIGKILL)):
         code, _, err = begin().stop(after, stop)
         assert code == (143 if stop == signal.SIGTERM else -9), err
@@ -180,12 +170,12 @@ def test_embeddings_are_the_runs(small, library, tmp_path):
         )
 
 
-def test_a_changed_file_is_done_again(small, library, tmp_path):
+def test_a_changed_file_is_done_again(start_aavae, small, library, tmp_path):
     "Parts hold up to the first file that is another; the finished table is refused where the folder has changed."
     photos, out = shutil.copytree(library, tmp_path / "photos"), tmp_path / "made" / "t.npz"
 
     def begin() -> Command:
-        return Command(64, photos, small, out)
+        return Command(start_aavae, 64, photos, small, out)
 
     begin().stop(3, signal.SIGKILL)
     changed = photos / "1" / "001.jpg"  # in the second part
@@ -204,7 +194,7 @@ def test_a_changed_file_is_done_again(small, library, tmp_path):
     assert code == 2 and "is not of these images and this encoder" in err
 
 
-def test_memory_does_not_grow(small, library, tmp_path):
+def test_memory_does_not_grow(quick_aavae, small, library, tmp_path):
     "Ten times the files take no more memory."
     many = tmp_path / "many"
     for i in range(10):
@@ -219,17 +209,11 @@ parts.PART = 128
 embed_folder(Run.load(sys.argv[1]), sys.argv[2], sys.argv[3], show_progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
-    used = [
-        float(
-            subprocess.run(
-                [sys.executable, "-c", code, small.path, folder, tmp_path / f"{folder.name}.npz"],
-                capture_output=True,
-                text=True,
-                timeout=600,
-            ).stdout
-        )
-        for folder in (many / "0", many)
-    ]
+    used = []
+    for folder in (many / "0", many):
+        done = quick_aavae(small.path, folder, tmp_path / f"{folder.name}.npz", code=code)
+        assert done.returncode == 0, done.stderr
+        used.append(float(done.stdout))
     assert used[1] < used[0] + 60, used
 
 
@@ -458,17 +442,16 @@ LOAD = """
 import sys, torch
 from aavae import InputError
 from aavae.tools.export import load_from_hub
-images = torch.load(sys.argv[1])
-for name in sys.stdin:
-    try: torch.save(load_from_hub(name.strip())(images), sys.argv[2]); print("loaded", flush=True)
-    except InputError as e: print(e, flush=True)
+images, out, name = sys.argv[1:]
+try: torch.save(load_from_hub(name)(torch.load(images)), out); print("loaded")
+except InputError as e: print(e)
 """
 
 
-def test_push_and_load(hub, aavae, small, tmp_path):
+def test_push_and_load(hub, quick_aavae, small, tmp_path):
     """Pushed by the command line, fetched by another process: the same features, from the cache too; no token is
     printed."""
-    done = push(aavae, small, tmp_path / "card", "me/aavae-small", hub.env | {"HF_TOKEN": "hf_right"})
+    done = push(quick_aavae, small, tmp_path / "card", "me/aavae-small", hub.env | {"HF_TOKEN": "hf_right"})
     assert done.returncode == 0, done.stderr
     assert "pushed to" in done.stdout and "hf_right" not in done.stdout + done.stderr
     files = Hub.repos["me/aavae-small"]
@@ -478,41 +461,32 @@ def test_push_and_load(hub, aavae, small, tmp_path):
     )
     images, Hub.repos["me/empty"] = torch.rand(2, 3, 32, 32), {"README.md": b""}
     torch.save(images, tmp_path / "images.pt")
-    with subprocess.Popen(
-        [sys.executable, "-c", LOAD, tmp_path / "images.pt", tmp_path / "h.pt"],
-        env=hub.env,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        bufsize=1,
-    ) as other:
 
-        def load(name):
-            print(name, file=other.stdin, flush=True)
-            return other.stdout.readline().strip()
+    def load(name: str) -> str:
+        "What a process says that loads it."
+        return quick_aavae(tmp_path / "images.pt", tmp_path / "h.pt", name, code=LOAD, env=hub.env).stdout.strip()
 
-        assert load("me/aavae-small") == "loaded"
-        assert torch.allclose(torch.load(tmp_path / "h.pt"), small.encoder()(images), rtol=1e-5, atol=1e-6)
-        assert load("me/nothing").startswith("the Hub has no me/nothing that you may see;")
-        assert load("me/empty").startswith("me/empty holds no encoder.safetensors; push one with aavae export RUN")
-        hub.server.shutdown()
-        hub.server.server_close()
-        assert load("me/aavae-small") == "loaded"  # from the cache
-        assert load("me/other").startswith("the Hub cannot be reached")
-        other.stdin.close()
+    assert load("me/aavae-small") == "loaded"
+    assert torch.allclose(torch.load(tmp_path / "h.pt"), small.encoder()(images), rtol=1e-5, atol=1e-6)
+    assert load("me/nothing").startswith("the Hub has no me/nothing that you may see;")
+    assert load("me/empty").startswith("me/empty holds no encoder.safetensors; push one with aavae export RUN")
+    hub.server.shutdown()
+    hub.server.server_close()
+    assert load("me/aavae-small") == "loaded"  # from the cache
+    assert load("me/other").startswith("the Hub cannot be reached")
 
 
-def push(aavae, run: Run, folder: Path, name: str, env: dict[str, str]):
+def push(quick_aavae, run: Run, folder: Path, name: str, env: dict[str, str]):
     "Writes the encoder of a run to a folder and uploads it."
     words = ("--format", "safetensors", "-o", folder, "--push", name)
-    return aavae("export", run.path, *words, env=env)
+    return quick_aavae("export", run.path, *words, env=env)
 
 
 @pytest.mark.parametrize("token", [None, "hf_wrong"])
-def test_push_without_the_right(token, hub, aavae, small, tmp_path):
+def test_push_without_the_right(token, hub, quick_aavae, small, tmp_path):
     "No token, or a wrong one: a line, exit code 2, and the token is not in it."
     env = hub.env | ({"HF_TOKEN": token} if token else {})
-    done = push(aavae, small, tmp_path / "card", "me/it", env)
+    done = push(quick_aavae, small, tmp_path / "card", "me/it", env)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert (
         done.stderr.startswith("aavae: error: ")

@@ -4,7 +4,6 @@ long runs."""
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -13,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags
+from conftest import flags, wait_for
 from safetensors.torch import load_file
 
 from aavae import Run
 from aavae.files import load_checkpoint
 
-AAVAE = [sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())"]
 DIGITS = [
     "pretrain",
     *flags(
@@ -53,27 +51,22 @@ def assert_same_run(a: Path, b: Path):
     assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
 
 
-def start(*args, **options):
-    return subprocess.Popen([*AAVAE, *map(str, args)], stderr=subprocess.PIPE, text=True, **options)
-
-
 @pytest.fixture(scope="module")
-def whole(aavae, tmp_path_factory):
+def whole(quick_aavae, tmp_path_factory):
     "A run that nothing disturbed."
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = aavae(*DIGITS, "--out", out)
+    done = quick_aavae(*DIGITS, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
 
-# A process that has imported everything and forks one that trains for each line it reads: [n, arguments]. That one
-# reports its steps, and stops in the middle
-# of writing its n-th checkpoint or encoder, to be killed there.
+# A process that trains with the arguments after the first, n. It reports its steps, and stops in the middle of writing
+# its n-th checkpoint or encoder, to be killed there.
 OBSERVED = """
-import contextlib, json, os, sys, time
+import contextlib, sys, time
 import aavae.files, aavae.run, aavae.train
 from aavae.cli import main
-usual, atomic, writes, stop_in = aavae.train.wishes, aavae.files.atomic, 0, 0
+usual, atomic, writes, stop_in = aavae.train.wishes, aavae.files.atomic, 0, int(sys.argv[1])
 def wishes(t, keeper, step):
     print(step, flush=True)
     return usual(t, keeper, step)
@@ -91,37 +84,29 @@ def halting(path):
     with atomic(path) as f: yield Halting(f) if str(path).endswith(("ckpt", "encoder.safetensors")) else f
 aavae.train.wishes = wishes
 aavae.files.atomic = aavae.run.atomic = halting
-while line := sys.stdin.readline():
-    stop_in, arguments = json.loads(line)
-    if (child := os.fork()) == 0: os._exit(main(arguments))
-    print("pid", child, flush=True)
-    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+sys.exit(main(sys.argv[2:]))
 """
 
 
 @pytest.fixture(scope="module")
-def observed():
-    "observed(n, arguments): yields what the run says, a list of words each: pid, its steps, writing, ended."
-    p = subprocess.Popen(
-        [sys.executable, "-c", OBSERVED],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+def observed(start_aavae):
+    "observed(n, arguments): yields the process and what it says, line by line: its steps, 'writing'; '' at its end."
 
     def run(n, arguments):
-        p.stdin.write(json.dumps([n, [str(a) for a in arguments]]) + "\n")
-        p.stdin.flush()
-        for line in p.stdout:
-            if (words := line.split()) and words[0] in ("pid", "ended", "writing") or line.strip().isdigit():
-                yield words
-            if words and words[0] == "ended":
-                return
+        process = start_aavae(n, *arguments, code=OBSERVED)
+        while not process.out.exists():
+            time.sleep(0.001)
+        with open(process.out) as said:
+            ended = False
+            while not ended:
+                ended = process.poll() is not None  # before the rest is read
+                while (line := said.readline()).endswith("\n"):
+                    if line == "writing\n" or line.strip().isdigit():
+                        yield process, line.strip()
+                time.sleep(0.001)
+        yield process, ""
 
-    yield run
-    p.kill()
-    p.wait()
+    return run
 
 
 def kill_and_resume(
@@ -132,22 +117,21 @@ def kill_and_resume(
     seen, cut = 0, False
     for kill in range(kills):
         steps, due = draw.randint(1, 30), draw.randint(1, 5) if in_write else 0
-        new = pid = 0
-        for words in observed(due, [*DIGITS, "--out", out, *(["--resume", "true"] if kill else [])]):
-            if words[0] == "pid":
-                pid = int(words[1])
-            elif words[0] == "ended":
-                assert words[1] == "-9", f"the run ended before it was killed: {words}"
-            elif words[0] == "writing":
+        new = 0
+        for process, word in observed(due, [*DIGITS, "--out", out, *(["--resume", "true"] if kill else [])]):
+            if word == "":
+                assert process.returncode == -9, f"the run ended before it was killed: {process.err.read_text()}"
+            elif word == "writing":
                 assert new
                 cut = True
-                os.kill(pid, signal.SIGKILL)
+                process.send_signal(signal.SIGKILL)
             else:
-                new, seen = new + 1, int(words[0])
+                new, seen = new + 1, int(word)
                 if not due and new == steps:
                     time.sleep(draw.random() * 0.02)
-                    os.kill(pid, signal.SIGKILL)
-    assert [w[1] for w in observed(0, [*DIGITS, "--out", out, "--resume", "true"]) if w[0] == "ended"] == ["0"]
+                    process.send_signal(signal.SIGKILL)
+    *_, (process, _) = observed(0, [*DIGITS, "--out", out, "--resume", "true"])
+    assert process.returncode == 0, process.err.read_text()
     assert_same_run(whole, out)
     assert not list(out.rglob(".*.part"))
     return seen, cut
@@ -171,26 +155,25 @@ def test_twenty_kills_and_twenty_finishes(observed, whole, tmp_path):
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_stopped_by_a_signal(aavae, whole, tmp_path, signum, code):
+def test_stopped_by_a_signal(start_aavae, whole, tmp_path, signum, code):
     """One line, everything saved, exit code 128 + signal; in a SLURM job SIGUSR1 puts the job back into the queue,
     and the requeued job goes on by itself."""
     out = tmp_path / "run"
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     (tmp_path / "scontrol").chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
-    p = start(*DIGITS, "--out", out, env=env)
-    until = time.time() + 120
-    while not (out / "checkpoints" / "last.ckpt").exists() and time.time() < until:
-        time.sleep(0.02)
-    p.send_signal(signum)
-    _, err = p.communicate(timeout=60)
-    assert p.returncode == code and "continue with --resume true" in err and "Traceback" not in err, err
+    process = start_aavae(*DIGITS, "--out", out, env=env)
+    wait_for((out / "checkpoints" / "last.ckpt").exists, process)
+    process.send_signal(signum)
+    stopped = process.finish(60)
+    err = stopped.stderr
+    assert stopped.returncode == code and "continue with --resume true" in err and "Traceback" not in err, err
     assert 0 < load_checkpoint(out / "checkpoints" / "last.ckpt")["step"] < 80
     if signum == signal.SIGUSR1:
         assert (tmp_path / "asked").read_text() == "requeue 77\n"
-        done = aavae(*DIGITS, "--out", out, env=env | {"SLURM_RESTART_COUNT": "1"})
+        done = start_aavae(*DIGITS, "--out", out, env=env | {"SLURM_RESTART_COUNT": "1"}).finish()
     else:
-        done = aavae(*DIGITS, "--out", out, "--resume", "true")
+        done = start_aavae(*DIGITS, "--out", out, "--resume", "true").finish()
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, out)
 
@@ -209,21 +192,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_second_ctrl_c_leaves_at_once(whole, tmp_path):
+def test_second_ctrl_c_leaves_at_once(start_aavae, tmp_path):
     "The second Ctrl-C, in the middle of a long step, exits with 130 and without saving."
-    p = subprocess.Popen(
-        [sys.executable, "-c", SLOW_STEPS, *DIGITS, "--out", str(tmp_path / "run")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while p.stdout.readline() != "step\n":
-        pass
+    process = start_aavae(*DIGITS, "--out", tmp_path / "run", code=SLOW_STEPS)
+    wait_for(lambda: process.out.exists() and "step\n" in process.out.read_text(), process)
     for _ in range(2):
         time.sleep(0.5)
-        p.send_signal(signal.SIGINT)
-    _, err = p.communicate(timeout=30)
-    assert p.returncode == 130 and "without saving" in err and "Traceback" not in err, err
+        process.send_signal(signal.SIGINT)
+    done = process.finish(30)
+    assert done.returncode == 130 and "without saving" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 # A process that fills the disk, whose folder is its first argument, just before it writes rows of metrics
@@ -247,7 +224,7 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounting a small disk needs root")
 @pytest.mark.parametrize("fills", ["last.ckpt", "metrics.csv"])
-def test_a_full_disk_keeps_what_was_saved(aavae, tmp_path, fills):
+def test_a_full_disk_keeps_what_was_saved(quick_aavae, tmp_path, fills):
     """A disk that fills while the checkpoint or the metrics are written: one line, exit 2, the previous checkpoint
     whole, and the run goes on once there is room."""
     disk = tmp_path / "disk"
@@ -257,7 +234,7 @@ def test_a_full_disk_keeps_what_was_saved(aavae, tmp_path, fills):
     try:
         out = disk / "run"
         line = [*DIGITS[:-4], "--out", str(out)]  # without the average: half the size
-        assert aavae(*line, "--train.max_time", "00:00:00").returncode == 0
+        assert quick_aavae(*line, "--train.max_time", "00:00:00").returncode == 0
         before = (out / "checkpoints" / "last.ckpt").read_bytes()
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
         room = (
@@ -266,29 +243,15 @@ def test_a_full_disk_keeps_what_was_saved(aavae, tmp_path, fills):
         if fills == "last.ckpt":
             with open(disk / "ballast", "wb") as f:
                 f.write(bytes(free - room))
-            done = aavae(*line, "--resume", "true", "--train.max_time", "01:00:00")
+            done = quick_aavae(*line, "--resume", "true", "--train.max_time", "01:00:00")
             assert (
                 done.returncode == 2
                 and "cannot be written (No space left on device)" in done.stderr
                 and "intact" in done.stderr
             ), done.stderr
         else:
-            done = subprocess.run(
-                [
-                    sys.executable,
-                    "-c",
-                    FILLS_DISK,
-                    str(disk),
-                    *line,
-                    "--resume",
-                    "true",
-                    "--train.max_time",
-                    "01:00:00",
-                ],
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
+            filling = [disk, *line, "--resume", "true", "--train.max_time", "01:00:00"]
+            done = quick_aavae(*filling, code=FILLS_DISK)
             assert done.returncode == 2 and "metrics.csv cannot be written (No space left on device)" in done.stderr, (
                 done.stderr
             )
@@ -300,44 +263,29 @@ def test_a_full_disk_keeps_what_was_saved(aavae, tmp_path, fills):
                 load_checkpoint(out / "checkpoints" / "last.ckpt")["step"] == 7
             )  # saved before the row that no longer fitted
         (disk / "ballast").unlink()
-        done = aavae(*line, "--resume", "true", "--train.max_epochs", "2", "--train.max_time", "01:00:00")
+        done = quick_aavae(*line, "--resume", "true", "--train.max_epochs", "2", "--train.max_time", "01:00:00")
         assert done.returncode == 0 and Run.load(out).facts["step"] == 40, done.stderr
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_out_of_memory_is_one_line(tmp_path):
+def test_out_of_memory_is_one_line(quick_aavae, tmp_path):
     "An allocation that the system refuses: one line with a batch that would fit, exit 1."
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
-
-    p = start(
-        "pretrain",
-        "--preset",
-        "digits",
-        "--data.image_size",
-        "128",
-        "--model.width",
-        "1",
-        "--model.maxpool",
-        "false",
-        "--train.batch_size",
-        "96",
-        "--train.precision",
-        "32",
-        "--train.accelerator",
-        "cpu",
-        "--out",
-        tmp_path / "run",
-        preexec_fn=limit,
+    large = flags(
+        preset="digits",
+        data__image_size=128,
+        model__width=1,
+        model__maxpool="false",
+        train__batch_size=96,
+        train__precision=32,
+        train__accelerator="cpu",
     )
-    _, err = p.communicate(timeout=300)
+    done = quick_aavae("pretrain", *large, "--out", tmp_path / "run", memory=8 * 2**30)
     assert (
-        p.returncode == 1
-        and "out of memory at train.batch_size 96; use --train.batch_size" in err
-        and "Traceback" not in err
-    ), err
+        done.returncode == 1
+        and "out of memory at train.batch_size 96; use --train.batch_size" in done.stderr
+        and "Traceback" not in done.stderr
+    ), done.stderr
 
 
 LONG = """
