@@ -23,6 +23,7 @@ from PIL import Image
 
 NOTEBOOKS = Path(__file__).parent.parent / "nbs" / "explore"
 RESULTS = "../../results/cifar10-jpeg-small-450k"  # what the notebooks of studies open
+COMPARED = "../../results/cifar10-jpeg-small-compare"
 QUIET = '{"fetchNews": "false", "checkForUpdates": false}'  # no request to another host
 
 
@@ -59,12 +60,14 @@ def made_up_study(out: Path, source: Path, variants: dict[str, dict], milestones
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "The notebooks, with two tiny runs where they look for them, and two made-up studies in place of the results."
+    from aavae import Run
     from aavae.explore import digits_run
+    from aavae.explore.compare import store_neighbours
 
     folder = tmp_path_factory.mktemp("explore")
     for path in NOTEBOOKS.glob("*.ipynb"):
         study = {"3_density": "runs/density", "5_sensitivity": "runs/beta"}.get(path.stem, "")
-        text = path.read_text().replace(RESULTS, study)
+        text = path.read_text().replace(RESULTS, study).replace(COMPARED, "runs/compare")
         for zoo, tiny in {"aavae": "aavae", "plus": "aavae", "aaae": "vae"}.items():
             text = text.replace(f"zoo:{zoo}-cifar10-small", f"runs/{tiny}")
         (folder / path.name).write_text(text)
@@ -82,6 +85,9 @@ def folder(tmp_path_factory):
         for b, s in product((0.01, 0.1, 10.0), (0, 1))
     }
     made_up_study(folder / "runs/beta", folder / "runs/vae", betas, (3,))
+    methods = {f"{name}-seed0": {"objective.name": name} for name in ("aavae", "simclr")}
+    made_up_study(folder / "runs/compare", folder / "runs/vae", methods, (2, 4))
+    store_neighbours(folder / "runs/compare", images=Run.load(folder / "runs/vae").data())
     return folder
 
 
@@ -460,6 +466,44 @@ def test_sensitivity(visit, folder):
 
     expected = reconstructions(Run.load(folder / "runs/beta/runs/beta0.1-seed1"), 8)["reconstruction from the mean"]
     v.until(lambda: same(v.image("from the mean"), expected))
+
+
+def test_compare(visit, folder):
+    "The lines are the records; a method that is not ticked is gone; the neighbours are those by hand."
+    from aavae import Run
+    from aavae.rng import permutation
+
+    v = visit("8_compare.ipynb")
+    v.choose("measure", "kNN k=20")
+    v.choose("over", "views")
+    records = json.loads((folder / "runs/compare/runs/simclr-seed0/results.json").read_text())
+    knn = [100 * r["value"] for r in records if r["task"] == "knn"]
+
+    def shown(i: int, expected: list[float]):
+        assert list(v.figure(f"Array.from(g._fullData[{i}].y || [])")) == pytest.approx(expected)
+
+    v.until(lambda: shown(1, knn))
+    v.box.locator(".widget-checkbox", has_text="AAVAE").locator("input").uncheck()
+    v.until(lambda: shown(0, []))
+    shown(1, knn)
+    assert "AAVAE" not in v.box.locator("table").inner_text()
+    v.move("image", times=2)
+    query = permutation(0, 0, 360)[2]
+    features = Run.load(folder / "runs/compare/runs/simclr-seed0").features("test")
+    h = torch.nn.functional.normalize(features.x.double(), dim=1)
+    near = (h @ h[query]).index_fill(0, query, -2).topk(8).indices
+    right = int((features.y[near] == features.y[query]).sum())
+    images = Run.load(folder / "runs/vae").data().split("test").images_at(near).numpy()  # (8, 3, s, s)
+
+    def neighbours():
+        found = v.box.locator(f'img[alt^="SimCLR: {right} of 8"]')
+        assert found.count() == 1
+        side = images.shape[-1]
+        tiles = v.image(found.get_attribute("alt")).reshape(side + 4, 8, -1, 4)
+        inside = tiles[2:-2, :, 2 : side + 2, :3].transpose(1, 3, 0, 2)
+        assert np.abs(inside.astype(int) - images).max() <= 1
+
+    v.until(neighbours)
 
 
 def test_training(visit, folder, aavae):
