@@ -4,18 +4,16 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import wait_for
 
 from aavae import Failed, Run, preset, pretrain
 from aavae.errors import InputError
 
-AAVAE = [sys.executable, "-c", "import sys; from aavae.cli import main; sys.exit(main())"]
 TWO = [
     "pretrain",
     "--train.accelerator",
@@ -62,23 +60,30 @@ torch.save(kept, f"{out}-{train.os.environ.get('RANK', 0)}.pt")
 """
 
 
-def run_script(out: Path, ranks: int, accumulate: int = 1, **changes) -> list:
-    "Gradients and weights of the 20 steps, with `changes` of the configuration; two ranks by torchrun."
-    script = out.parent / "script.py"
-    script.write_text(SCRIPT)
-    launcher = (
-        ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-        if ranks > 1
-        else []
-    )
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(ranks), str(accumulate), str(out), json.dumps(changes)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return [torch.load(f"{out}-{rank}.pt") for rank in range(ranks)]
+@pytest.fixture(scope="module")
+def run_script(quick_aavae):
+    """run_script(out, ranks, accumulate, **changes): gradients and weights of the 20 steps, with `changes` of the
+    configuration; two ranks by torchrun."""
+
+    def run(out: Path, ranks: int, accumulate: int = 1, **changes) -> list:
+        script = out.parent / "script.py"
+        script.write_text(SCRIPT)
+        arguments = [ranks, accumulate, out, json.dumps(changes)]
+        if ranks > 1:
+            done = quick_aavae(*torchrun_options(ranks), script, *arguments, code=TORCHRUN)
+        else:
+            done = quick_aavae(*arguments, code=SCRIPT)
+        assert done.returncode == 0, done.stderr
+        return [torch.load(f"{out}-{rank}.pt") for rank in range(ranks)]
+
+    return run
+
+
+TORCHRUN = "from torch.distributed.run import main; main()"
+
+
+def torchrun_options(ranks: int) -> list:
+    return ["--nproc_per_node", ranks, "--master_port", free_port()]
 
 
 def free_port() -> int:
@@ -87,7 +92,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def test_two_ranks_are_one(tmp_path):
+def test_two_ranks_are_one(run_script, tmp_path):
     """In float64 with BatchNorm frozen, 20 steps: gradients and weights of two ranks, and of two micro-batches,
     are those of one process within 1e-9, and so are the metrics."""
     (one,), two, (micro,) = (
@@ -108,7 +113,7 @@ def test_two_ranks_are_one(tmp_path):
         assert other["loss"] == pytest.approx(metrics[0]["loss"], rel=1e-7)
 
 
-def test_two_ranks_have_one_target(tmp_path):
+def test_two_ranks_have_one_target(run_script, tmp_path):
     "The same of features as target, with a second stage whose target is the encoder: each rank makes it for itself."
     target = {"objective__name": "aaae", "objective__target": "patches", "objective__patch_size": 4}
     changes = target | {"model__decoder": "mlp", "objective__components": 32, "objective__stages": 2}
@@ -122,39 +127,33 @@ def children(pid: int) -> list[int]:
     return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_for(what, seconds: float = 120):
-    until = time.time() + seconds
-    while not what():
-        assert time.time() < until, "it did not come to that"
-        time.sleep(0.05)
-
-
-def test_started_by_aavae(aavae, tmp_path):
+def test_started_by_aavae(start_aavae, tmp_path):
     """aavae starts its ranks: Ctrl-C saves on all at the same step, one line; resumed by two, finished; resumed by
     one: exact in its order. Nothing is said twice."""
     out, line = (
         tmp_path / "run",
         [*TWO, "--train.max_epochs", "3", "--train.save_every_n_steps", "5", "--out", str(tmp_path / "run")],
     )
-    p = subprocess.Popen([*AAVAE, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for((out / "checkpoints" / "last.ckpt").exists)
-    p.send_signal(signal.SIGINT)
-    _, err = p.communicate(timeout=60)
+    process = start_aavae(*line)
+    wait_for((out / "checkpoints" / "last.ckpt").exists, process)
+    process.send_signal(signal.SIGINT)
+    stopped = process.finish(60)
+    err = stopped.stderr
     assert (
-        p.returncode == 130
+        stopped.returncode == 130
         and err.count("continue with --resume true") == 1
         and err.count("stopping after this step") == 1
         and "Traceback" not in err
     ), err
     step = Run.load(out).facts["step"]
     assert 0 < step < 60
-    assert aavae(*line).returncode == 2  # it is there
-    done = aavae(*line, "--resume", "true")
+    assert start_aavae(*line).finish().returncode == 2  # it is there
+    done = start_aavae(*line, "--resume", "true").finish()
     assert done.returncode == 0 and done.stdout.count("3 epochs") == 1, done.stderr
     m = Run.load(out).metrics()
     assert m["step"] == [1, *range(10, 61, 10)]
     assert [s for s, k in zip(m["step"], m["knn_top1"], strict=True) if k is not None] == [40, 60]
-    done = aavae(*line, "--resume", "true", "--train.devices", "1", "--train.max_epochs", "4")
+    done = start_aavae(*line, "--resume", "true", "--train.devices", "1", "--train.max_epochs", "4").finish()
     assert (
         done.returncode == 0 and done.stderr.count("note: the run was saved with 2 processes and goes on with 1") == 1
     ), done.stderr
@@ -162,37 +161,24 @@ def test_started_by_aavae(aavae, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", ["aavae", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_a_killed_rank_ends_the_job(tmp_path, launcher):
+def test_a_killed_rank_ends_the_job(start_aavae, tmp_path, launcher):
     "kill -9 of rank 1: the job ends within 60 s with a message, and leaves no process behind."
-    out, line = (
-        tmp_path / "run",
-        [*TWO, "--train.max_epochs", "2000", "--train.save_every_n_steps", "5", "--out", str(tmp_path / "run")],
-    )
-    script = tmp_path / "main.py"
-    script.write_text("import sys; from aavae.cli import main; sys.exit(main())")
-    command = (
-        [*AAVAE, *line]
-        if launcher == "aavae"
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            str(free_port()),
-            str(script),
-            *line,
-        ]
-    )
-    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for((out / "checkpoints" / "last.ckpt").exists)
-    ranks = children(p.pid)
+    out = tmp_path / "run"
+    line = [*TWO, "--train.max_epochs", "2000", "--train.save_every_n_steps", "5", "--out", out]
+    if launcher == "aavae":
+        process = start_aavae(*line)
+    else:
+        script = tmp_path / "main.py"
+        script.write_text("import sys; from aavae.cli import main; sys.exit(main())")
+        process = start_aavae(*torchrun_options(2), script, *line, code=TORCHRUN)
+    wait_for((out / "checkpoints" / "last.ckpt").exists, process)
+    ranks = children(process.pid)
     env = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks}
     os.kill(next(pid for pid in ranks if b"LOCAL_RANK=1" in env[pid]), signal.SIGKILL)
     killed = time.time()
-    _, err = p.communicate(timeout=60)
-    assert p.returncode == 1 and time.time() - killed < 60
+    ended = process.finish(60)
+    err = ended.stderr
+    assert ended.returncode == 1 and time.time() - killed < 60
     if launcher == "aavae":
         assert (
             "rank 1 of the run died (exit -9" in err or "a process of this run is gone" in err

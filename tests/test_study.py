@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
 
 FLAGS = [
     "--preset",
@@ -63,21 +62,12 @@ def test_text_in_a_terminal(whole, quick_aavae):
     assert again.stdout.startswith("Study beta\n\ntrained on") and "| ---" not in again.stdout
 
 
-def test_killed_anywhere(whole, quick_aavae, tmp_path):
+def test_killed_anywhere(whole, start_aavae, tmp_path):
     """Killed three times at different moments, a study ends with the values of one that was not.
 
     No finished run is made again."""
     out = tmp_path / "killed"
-    command = [
-        sys.executable,
-        "-c",
-        "import sys, torch; torch.set_num_threads(1); from aavae.cli import main; sys.exit(main())",
-        "study",
-        "beta",
-        *FLAGS,
-        "--out",
-        str(out),
-    ]
+    command = ["study", "beta", *FLAGS, "--out", out]
     runs = ["aavae-seed0", "beta0.1-seed0", "beta1-seed0"]
     moments = [
         lambda: (out / "runs" / runs[0] / "checkpoints" / "last.ckpt").exists(),  # in the first run
@@ -86,58 +76,37 @@ def test_killed_anywhere(whole, quick_aavae, tmp_path):
         ),  # between measurements of the second
         lambda: (out / "runs" / runs[2] / "encoder.safetensors").exists(),
     ]  # in the third
+
+    def is_there(moment) -> bool:
+        try:
+            return moment()
+        except (OSError, ValueError):
+            return False
+
     for moment in moments:
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        until = time.time() + 300
-        while process.poll() is None and time.time() < until:
-            try:
-                if moment():
-                    break
-            except (OSError, ValueError):
-                pass
-            time.sleep(0.02)
+        process = start_aavae(*command, new_session=True)
+        wait_for(partial(is_there, moment), process, 300)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.finish()
     finished = {p: p.stat().st_mtime_ns for r in runs[:2] for p in (out / "runs" / r).glob("*.safetensors")}
-    last = quick_aavae("study", "beta", *FLAGS, "--out", out, timeout=400)
+    last = start_aavae(*command).finish(400)
     assert last.returncode == 0, last.stderr
     assert {p: p.stat().st_mtime_ns for p in finished} == finished
     assert values(out) == values(whole)
 
 
-def test_ctrl_c(quick_aavae, tmp_path):
+def test_ctrl_c(start_aavae, tmp_path):
     "SIGTERM in the middle of a run: saved, exit 143, and the study says where it is."
     out = tmp_path / "stopped"
-    flags = [f if f != "1920" else "640000" for f in FLAGS]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from aavae.cli import main; sys.exit(main())",
-            "study",
-            "beta",
-            *flags,
-            "--out",
-            str(out),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until = time.time() + 200
-    while (
-        not (out / "runs" / "aavae-seed0" / "checkpoints" / "last.ckpt").exists()
-        and process.poll() is None
-        and time.time() < until
-    ):
-        time.sleep(0.05)
+    command = ["study", "beta", *(f if f != "1920" else "640000" for f in FLAGS), "--out", out]
+    process = start_aavae(*command)
+    wait_for((out / "runs" / "aavae-seed0" / "checkpoints" / "last.ckpt").exists, process, 200)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
-    assert "Traceback" not in process.stderr.read()
-    shown = quick_aavae("study", "beta", *flags, "--out", out, "--dry_run", "true")
+    stopped = process.finish(60)
+    assert stopped.returncode == 143
+    assert "Traceback" not in stopped.stderr
+    shown = start_aavae(*command, "--dry_run", "true").finish()
     assert shown.returncode == 0 and "at epoch" in shown.stdout and shown.stdout.count("to do") == 2, shown.stdout
 
 
