@@ -9,10 +9,12 @@ __all__ = ['SECTIONS', 'NAMES', 'TYPES', 'ALSO_CALLED', 'PLUS', 'PRESETS', 'Trai
 
 # %% ../nbs/3_training/01_config.ipynb #configim
 import difflib
+import pickle
 import sys
 from collections.abc import Collection, Iterable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -336,18 +338,12 @@ def _spelled(words: str, value: Any) -> Any:
     return value
 
 
-def make_config(values: dict[str, Any], defaults: Config | None = None) -> Config:
-    """A `Config` from values by dotted name, on top of `defaults`.
-
-    Raises `InputError` at an unknown field or a value of the wrong type or range."""
-    defaults = defaults or Config()
-    objective = str(values.get("objective.name", defaults.objective.name))
-    check_values(values, objective)
+@lru_cache(maxsize=1024)
+def _parsed(objective: str, pickled: bytes) -> Config:
+    "The `Config` that pickled values by dotted name describe. A table reads the same configurations again and again."
     from jsonargparse import ArgumentError
 
-    types = types_of(objective)
-    given = {name: _spelled(types[name], value) for name, value in values.items()}
-    values = _defaults_for(objective, defaults).flat() | given
+    types, values = types_of(objective), pickle.loads(pickled)
     parser = _parser_of(objective)
     try:
         parsed = parser.parse_object(_nested(values))
@@ -357,6 +353,19 @@ def make_config(values: dict[str, Any], defaults: Config | None = None) -> Confi
         return parsed_config(parser, parsed, objective)
     except ArgumentError as e:
         raise parser_error(str(e)) from e
+
+
+def make_config(values: dict[str, Any], defaults: Config | None = None) -> Config:
+    """A `Config` from values by dotted name, on top of `defaults`.
+
+    Raises `InputError` at an unknown field or a value of the wrong type or range."""
+    defaults = defaults or Config()
+    objective = str(values.get("objective.name", defaults.objective.name))
+    check_values(values, objective)
+    types = types_of(objective)
+    given = {name: _spelled(types[name], value) for name, value in values.items()}
+    whole = _defaults_for(objective, defaults).flat() | given
+    return deepcopy(_parsed(objective, pickle.dumps(whole)))
 
 # %% ../nbs/3_training/01_config.ipynb #79745fa9
 class _UniqueKeys(yaml.SafeLoader):

@@ -254,7 +254,13 @@ def browser():
     with sync_api.sync_playwright() as p:
         browser = p.chromium.launch(
             executable_path=chromium(),
-            args=["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"],
+            args=[
+                "--no-sandbox",
+                "--use-angle=swiftshader",
+                "--enable-unsafe-swiftshader",
+                "--ignore-gpu-blocklist",
+                "--disable-gpu-compositing",  # pages are put together faster without the emulated GPU
+            ],
         )
         yield browser
         browser.close()
