@@ -480,7 +480,8 @@ def test_compare(visit, folder):
     knn = [100 * r["value"] for r in records if r["task"] == "knn"]
 
     def shown(i: int, expected: list[float]):
-        assert list(v.figure(f"Array.from(g._fullData[{i}].y || [])")) == pytest.approx(expected)
+        found = v.figure(f"Array.from(g._fullData?.[{i}]?.y || [])")
+        assert list(found) == pytest.approx(expected)
 
     v.until(lambda: shown(1, knn))
     v.box.locator(".widget-checkbox", has_text="AAVAE").locator("input").uncheck()
