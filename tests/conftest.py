@@ -244,28 +244,29 @@ def cifar(test_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def browser():
-    "A headless Chromium with WebGL by software; skips where there is none."
+def launch():
+    "launch(*flags): a headless Chromium with WebGL by software; skips where there is none."
     from aavae.explore.figures import chromium
 
     if not chromium():
         pytest.skip("no Chromium here")
     sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright here")
+    webgl = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
     with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(
-            executable_path=chromium(),
-            args=[
-                "--no-sandbox",
-                "--use-angle=swiftshader",
-                "--enable-unsafe-swiftshader",
-                "--ignore-gpu-blocklist",
-                "--disable-gpu-compositing",  # pages are put together faster without the emulated GPU
-            ],
-        )
-        yield browser
-        browser.close()
+        yield lambda *flags: p.chromium.launch(executable_path=chromium(), args=["--no-sandbox", *webgl, *flags])
 
 
 @pytest.fixture(scope="session")
-def page(browser):
-    return browser.new_page()
+def browser(launch):
+    "A browser for notebooks."
+    browser = launch()
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="session")
+def page(launch):
+    "A page for what is only read: put together without the emulated GPU, which is slow."
+    browser = launch("--disable-gpu-compositing")
+    yield browser.new_page()
+    browser.close()

@@ -202,11 +202,13 @@ class Visit:
 
     def until(self, check, seconds: float = 30):
         "Waits until `check` holds; what it last complained about is raised."
+        from playwright.sync_api import Error
+
         end = time.time() + seconds
         while True:
             try:
                 return check()
-            except AssertionError:
+            except (AssertionError, Error):  # an error of the page: a figure that has no traces yet, say
                 if time.time() > end:
                     raise
             self.page.wait_for_timeout(50)
