@@ -247,15 +247,15 @@ def at_equal(found: list[Point], axis: str) -> tuple[float, list[dict[str, str]]
 
 def _untrained_rows(found: list[Point], columns: list[str]) -> list[dict[str, str]]:
     "A row for each encoder before training."
-    read: dict[tuple[str, str], list[float]] = {}
+    read: dict[tuple[str, str], dict[int, float]] = {}  # by seed: several runs may have measured the same network
     for p in found:
         if p["untrained"] and p["metric"] == "top1":
-            read.setdefault((network_name(p), column(p)), []).append(100 * p["value"])
+            read.setdefault((network_name(p), column(p)), {})[p["pretrain"]["seed"]] = 100 * p["value"]
     rows = []
     for network in dict.fromkeys(network for network, _ in read):
         values = {name: read[network, name] for name in columns if (network, name) in read}
         seeds = str(max(map(len, values.values())))
-        shown = {name: plus_minus(*spread_over_seeds(each)) for name, each in values.items()}
+        shown = {name: plus_minus(*spread_over_seeds([*each.values()])) for name, each in values.items()}
         rows.append({"method": f"untrained {network}", "seeds": seeds} | shown)
     return rows
 
