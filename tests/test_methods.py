@@ -20,7 +20,7 @@ from aavae.run import Run
 from aavae.train import pretrain
 
 SHORT = {"train.max_epochs": 1, "train.max_steps": 4, "train.warmup_epochs": 0, "train.knn_every_n_epochs": 0}
-SHORT |= {"train.accelerator": "cpu", "train.lr": 1e-3}
+SHORT |= {"train.accelerator": "cpu", "train.lr": 1e-3, "model.width": 0.125}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_an_epoch_may_be_a_tensor(method, digits):
     images, index = digits.split("train").images[:16], torch.arange(16)
     losses = []
     for epoch in (1, torch.tensor(1)):
-        built = build_method(config_of(method, **{"model.width": 0.125}), Images.of(digits))
+        built = build_method(config_of(method), Images.of(digits))
         places = {name: value.data_ptr() for name, value in built.state_dict().items()}
         losses.append(built.training_step((images, index, epoch))["loss"].item())
         assert places == {name: value.data_ptr() for name, value in built.state_dict().items()}
@@ -110,7 +110,7 @@ def test_what_needs_a_decoder_says_so_and_the_rest_works(tmp_path):
 def in_double(name: str, split: Split) -> Module:
     "A narrow method in float64 for some digits."
     images = Images(16, [0.5] * 3, [0.3] * 3, len(split), 10, split.labels)
-    method = build_method(config_of(name, **{"model.width": 0.125}), images).double()
+    method = build_method(config_of(name), images).double()
 
     def cast(module: Module, inputs):
         return tuple(x.to(module.weight.dtype) for x in inputs)
