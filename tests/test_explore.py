@@ -509,7 +509,7 @@ def test_compare(visit, folder):
     v.until(neighbours)
 
 
-def test_training(visit, folder, aavae):
+def test_training(visit, folder):
     "The monitor shows a run, starts one, stops it and resumes it; what it draws is what metrics.csv holds."
     from aavae import Run
 

@@ -52,10 +52,10 @@ def assert_same_run(a: Path, b: Path):
 
 
 @pytest.fixture(scope="module")
-def whole(quick_aavae, tmp_path_factory):
-    "A run that nothing disturbed."
+def whole(aavae, tmp_path_factory):
+    "A run that nothing disturbed, in an interpreter of its own; the others are forks with one thread."
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = quick_aavae(*DIGITS, "--out", out)
+    done = aavae(*DIGITS, "--out", out, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return out
 
