@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACCURACIES', 'NEUTRAL', 'WIDEST', 'KINDS', 'typed', 'framed', 'takes', 'parser_of', 'parsers', 'flags', 'usage',
            'command_reference', 'field_rows', 'method_rows', 'method_reference', 'field_reference', 'studies',
-           'circumstances', 'other_rows', 'records_table', 'variants_table', 'results_reference']
+           'circumstances', 'other_rows', 'records_table', 'variants_table', 'trials_table', 'results_reference']
 
 # %% ../../nbs/8_tools/10_reference.ipynb #7dd537c2
 import inspect
@@ -22,6 +22,7 @@ from unittest import mock
 from .. import cli
 from ..config import NAMES, PRESETS, SECTIONS, TYPES, Config, preset
 from ..methods.registry import METHODS, options_of
+from ..studies.compare import TRIAL
 from ..studies.findings import findings
 from ..studies.results import BUDGET, final, folded, run_points, study_table
 from .bench import format_bench
@@ -347,15 +348,32 @@ def _ranked(rows: list[dict[str, str]], about: list[str], measures: list[str]) -
     return kept
 
 # %% ../../nbs/8_tools/10_reference.ipynb #reftab02
+def trials_table(trials: list[dict[str, Any]]) -> str:
+    "The accuracy of each method at each learning rate that was tried for it; empty without trials."
+    rows: dict[str, dict[str, str]] = {}
+    for p in sorted(trials, key=lambda p: p["config"]["train.lr"]):
+        if p["metric"] == "top1":
+            name, rate = TRIAL.match(p["variant"]).groups()
+            rows.setdefault(name, {"": name})[rate] = f"{100 * p['value']:.2f}"
+    if not rows:
+        return ""
+    budget = f"{max(p['pretrain']['views_seen'] for p in trials):,} views or less"
+    about = f"Trials of the learning rate, {budget}: linear probe on the validation images, by learning rate."
+    return f"{about}\n\n{framed(list(rows.values()), 'records')}"
+
+
 def results_reference(root: str | Path) -> str:
-    "Every study under `root` in Markdown: circumstances, a row for each variant, findings, all records."
+    "Every study under `root` in Markdown: circumstances, a row for each variant, trials, findings, all records."
     parts = []
-    for name, records in studies(root).items():
+    for name, every in studies(root).items():
+        trials = [p for p in every if TRIAL.match(p["variant"])]
+        records = [p for p in every if not TRIAL.match(p["variant"])]
         end = final(records)
         parts += [
             f"## {name}",
             circumstances(end),
             variants_table(study_table(records)),
+            trials_table(trials),
             "\n".join(f"- {s}" for s in findings(records)),
             f"<details><summary>All records</summary>\n\n{records_table(end)}\n\n</details>",
         ]
