@@ -338,13 +338,11 @@ def _spelled(words: str, value: Any) -> Any:
     return value
 
 
-@lru_cache(maxsize=1024)
-def _parsed(objective: str, pickled: bytes) -> Config:
-    "The `Config` that pickled values by dotted name describe. A table reads the same configurations again and again."
+def _parsed(objective: str, values: dict[str, Any]) -> Config:
+    "The `Config` that values by dotted name describe."
     from jsonargparse import ArgumentError
 
-    types, values = types_of(objective), pickle.loads(pickled)
-    parser = _parser_of(objective)
+    types, parser = types_of(objective), _parser_of(objective)
     try:
         parsed = parser.parse_object(_nested(values))
         for name, value in values.items():
@@ -353,6 +351,12 @@ def _parsed(objective: str, pickled: bytes) -> Config:
         return parsed_config(parser, parsed, objective)
     except ArgumentError as e:
         raise parser_error(str(e)) from e
+
+
+@lru_cache(maxsize=1024)
+def _parsed_before(objective: str, pickled: bytes) -> Config:
+    "`_parsed` of pickled values, kept, since a table reads the same configurations again and again."
+    return _parsed(objective, pickle.loads(pickled))
 
 
 def make_config(values: dict[str, Any], defaults: Config | None = None) -> Config:
@@ -365,7 +369,11 @@ def make_config(values: dict[str, Any], defaults: Config | None = None) -> Confi
     types = types_of(objective)
     given = {name: _spelled(types[name], value) for name, value in values.items()}
     whole = _defaults_for(objective, defaults).flat() | given
-    return deepcopy(_parsed(objective, pickle.dumps(whole)))
+    try:
+        pickled = pickle.dumps(whole)
+    except (pickle.PicklingError, TypeError, AttributeError):  # an odd value, which the parser will name
+        return _parsed(objective, whole)
+    return deepcopy(_parsed_before(objective, pickled))
 
 # %% ../nbs/3_training/01_config.ipynb #79745fa9
 class _UniqueKeys(yaml.SafeLoader):
