@@ -64,7 +64,8 @@ def check(folder, code: str) -> str:
 
 
 def test_the_public_interface(tmp_path):
-    "mypy sees the package's own types: each mistake of a user is found, and nothing in the code before them."
+    "A user's code passes, and mypy sees the package's own types: each mistake is found, and nothing else."
+    assert check(tmp_path, USE) == ""
     found = check(tmp_path, USE + "\n" + "\n".join(WRONG) + "\n")
     first = len(USE.splitlines()) + 2
     assert [line.split(":")[1] + line.rsplit("[", 1)[1] for line in found.splitlines()] == [
