@@ -60,7 +60,7 @@ class Look:
 
     colour: str
     dash: str
-    symbol: int
+    symbol: int = 0
 
     @classmethod
     def of(cls, i: int) -> "Look":

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['AXES', 'TITLES', 'CONTENDERS', 'NAMES', 'RATES', 'SHARE', 'CHOICE', 'PROBED', 'TRIAL', 'Budget', 'method_names',
-           'changes', 'blank', 'steps_for', 'with_budget', 'run_name', 'trial_name', 'Comparison', 'method_title',
-           'curves', 'at_equal', 'costs', 'rates_table', 'compare_text', 'compare_figure', 'write_compare', 'compare']
+           'changes', 'blank', 'steps_for', 'with_budget', 'run_name', 'trial_name', 'best_rate', 'Comparison',
+           'method_title', 'curves', 'at_equal', 'costs', 'rates_table', 'compare_text', 'compare_figure',
+           'write_compare', 'compare']
 
 # %% ../../nbs/6_studies/06_compare.ipynb #295808b3
 import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,13 +101,12 @@ def steps_for(config: Config, budget: Budget) -> int:
     return max(1, round(budget.amount / (each * config.train.batch_size)))
 
 
-def with_budget(config: Config, budget: Budget) -> Config:
-    "`config` with an end, and with milestones at an eighth, a quarter, a half and the whole of it."
+def with_budget(config: Config, budget: Budget, images: int) -> Config:
+    "`config` for so many `images`, with an end, and with milestones at an eighth, a quarter, a half and the whole."
     if budget.axis == "minutes":
         return budgeted(config, Options(max_minutes=budget.amount))
     steps = steps_for(config, budget)
-    data = load_data(config.data)
-    per_epoch = len(data.split(data.pretrain_split)) // config.train.batch_size
+    per_epoch = images // config.train.batch_size
     epochs = -(-steps // per_epoch)
     kept = sorted({max(1, round(epochs * eighths / 8)) for eighths in (1, 2, 4, 8)})
     warmup = min(config.train.warmup_epochs, epochs // 10)
@@ -132,6 +133,13 @@ def trial_name(name: str, rate: float, seed: int) -> str:
 TRIAL = re.compile(r"(.+)-lr([0-9.e-]+)$")  # method and rate of a trial, in the name of its folder without the seed
 
 
+def best_rate(reached: dict[float, float | None]) -> float | None:
+    "The best of the rates that `Comparison.tried` tells of; None while one is to be tried, and if all failed."
+    if None in reached.values() or max(reached.values()) < 0:
+        return None
+    return max(reached, key=reached.get)
+
+
 @dataclass(frozen=True)
 class Comparison:
     "What is compared: methods of one configuration, each trained for one budget."
@@ -147,10 +155,17 @@ class Comparison:
             raise InputError("--rates names no learning rate; use '[0.001]' or '[0.0003, 0.001, 0.003]'")
         Options(seeds=self.seeds)
 
+    @cached_property
+    def images(self) -> int:
+        "How many images a method is trained on."
+        data = load_data(self.base.data)
+        return len(data.split(data.pretrain_split))
+
     def config(self, name: str, rate: float, seed: int, share: float = 1.0) -> Config:
         "How a method is trained at a learning rate, for a share of the budget."
         given = changes(name, self.base) | {"train.lr": rate, "train.seed": seed}
-        return with_budget(make_config(given, self.base), replace(self.budget, amount=share * self.budget.amount))
+        budget = replace(self.budget, amount=share * self.budget.amount)
+        return with_budget(make_config(given, self.base), budget, self.images)
 
     def trials(self) -> list[Job]:
         "A short run of each method and learning rate, unless there is one rate."
@@ -174,12 +189,8 @@ class Comparison:
         "The learning rate of each method, by the trials in `out`. A method with a trial to do has none yet."
         if len(self.rates) == 1:
             return dict.fromkeys(self.names, self.rates[0])
-        found = {}
-        for name in self.names:
-            reached = self.tried(name, out)
-            if None not in reached.values() and max(reached.values()) >= 0:
-                found[name] = max(reached, key=reached.get)
-        return found
+        found = {name: best_rate(self.tried(name, out)) for name in self.names}
+        return {name: rate for name, rate in found.items() if rate is not None}
 
     def jobs(self, rates: dict[str, float]) -> list[Job]:
         "A run of each method and seed at its learning rate. Each untrained encoder is measured once for each seed."
@@ -284,12 +295,13 @@ def costs(found: list[Point]) -> list[dict[str, str]]:
 
 def rates_table(plan: Comparison, out: Path) -> list[dict[str, str]]:
     "The validation accuracy of each method at each learning rate that was tried, the best in bold."
-    rows, chosen = [], plan.chosen(out)
+    rows = []
     for name in plan.names if len(plan.rates) > 1 else ():
-        row = {"method": NAMES.get(name) or title(name)}
-        for rate, reached in plan.tried(name, out).items():
+        row, tried = {"method": NAMES.get(name) or title(name)}, plan.tried(name, out)
+        best = best_rate(tried)
+        for rate, reached in tried.items():
             text = "" if reached is None else "failed" if reached < 0 else f"{100 * reached:.2f}"
-            row[f"{rate:g}"] = f"**{text}**" if rate == chosen.get(name) else text
+            row[f"{rate:g}"] = f"**{text}**" if rate == best else text
         rows.append(row)
     return rows
 
