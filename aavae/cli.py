@@ -233,9 +233,11 @@ def read_config(parsed, parser) -> Config:
 # %% ../nbs/8_tools/08_cli.ipynb #fdc4a4d7
 def _say_done(run: Run):
     "What was trained, and what comes next."
+    from aavae.words import epochs_text
+
     facts = run.facts
     print(
-        f"{run.path}: {run.config.objective.name}, {round(facts['epochs'], 2):g} epochs, "
+        f"{run.path}: {run.config.objective.name}, {epochs_text(facts['epochs'])} epochs, "
         f"{facts['views_seen']:,} views of {facts['label']}, {facts['minutes']:.1f} minutes"
         + ("" if facts["finished"] else "; unfinished, continue with --resume true")
     )

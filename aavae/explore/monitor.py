@@ -35,6 +35,7 @@ from .plots import COLOURS, _column, reconstructions, style
 from .widgets import Explorer, Process, choice, live, panel, picture
 from ..files import atomic, writer
 from ..run import Run
+from ..words import epochs_text
 
 # %% ../../nbs/7_explore/08_monitor.ipynb #2ef4cc0f
 NEEDED = ("step", "epoch", "views_seen")  # columns that every metrics.csv has
@@ -332,9 +333,9 @@ class RunWatcher(Explorer):
         if now.name == "training":
             return self.pace() + f" ({now.writer})"
         if now.name == "stopped":
-            return f" at epoch {round(now.epochs, 2):g}"
+            return f" at epoch {epochs_text(now.epochs)}"
         if now.name == "finished":
-            return f" after {round(now.epochs, 2):g} epochs and {now.minutes:.1f} minutes"
+            return f" after {epochs_text(now.epochs)} epochs and {now.minutes:.1f} minutes"
         return {"starting": ", a matter of seconds", "stopping": ", the run is being saved"}.get(now.name, "")
 
     def pace(self) -> str:
@@ -457,7 +458,7 @@ class TrainingMonitor(RunWatcher):
         "Goes on with the run that is there. Raises `InputError` if it is finished and nothing more is asked for."
         arguments = self.arguments()
         if self.activity.name == "finished" and not any(word in a for a in arguments for word in MORE):
-            done = f"the run is finished after {round(self.activity.epochs, 2):g} epochs"
+            done = f"the run is finished after {epochs_text(self.activity.epochs)} epochs"
             raise InputError(f"{done}; write --train.max_epochs with a larger number among the arguments")
         self.launch("--resume", "true", *arguments)
 

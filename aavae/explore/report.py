@@ -37,7 +37,7 @@ from ..loss import ObjectiveConfig
 from ..methods.registry import title
 from ..records import versions
 from ..run import Run, Subject
-from ..words import TASKS, below_untrained, format_value, network_name, unit
+from ..words import TASKS, below_untrained, epochs_text, format_value, network_name, unit
 
 # %% ../../nbs/7_explore/03_report.ipynb #60ca0138
 def _is_empty(cell: str) -> bool:
@@ -216,7 +216,7 @@ def _trained_row(name: str, run: Run, facts: dict) -> list[str]:
         name,
         facts["label"],
         f"{network_name(config.model)}, {config.model.latent_dim} latents",
-        f"{round(facts['epochs'], 2):g}{unfinished}",
+        f"{epochs_text(facts['epochs'])}{unfinished}",
         f"{facts['views_seen']:,}",
         str(config.train.seed),
         facts.get("device", "not recorded"),
@@ -230,7 +230,7 @@ def _unfinished(name: str, facts: dict) -> str:
         return _missing(f"No encoder of {name}", facts["missing"])
     if facts["finished"]:
         return ""
-    why = f"it stands at epoch {round(facts['epochs'], 2):g}, and so does this page; go on with --resume true"
+    why = f"it stands at epoch {epochs_text(facts['epochs'])}, and so does this page; go on with --resume true"
     return _missing(f"{name} is unfinished", why)
 
 
@@ -545,7 +545,7 @@ def _flat(tree: dict, prefix: str = "") -> list[list[str]]:
 def _one_record(name: str, record: dict) -> str:
     "All fields of a record, folded under a line that says what it is."
     evaluation = record["eval"]
-    when = "untrained" if record["untrained"] else f"after {round(record['pretrain']['epochs'], 2):g} epochs"
+    when = "untrained" if record["untrained"] else f"after {epochs_text(record['pretrain']['epochs'])} epochs"
     value = f"{record['metric']} {format_value(record)} {unit(record['metric'])}".strip()
     on = f"{evaluation['label']} {evaluation['split']}, n = {evaluation['n']:,}"
     table = html_table(["field", "value"], _flat(record), "All fields of this record")

@@ -29,7 +29,7 @@ from .reconstructions import ReconstructionExplorer
 from .widgets import Explorer, choice, live, panel
 from ..run import Run
 from ..studies.results import Point, column, final, run_points, spread_over_seeds
-from ..words import factor, format_value, unit
+from ..words import epochs_text, factor, format_value, unit
 
 # %% ../../nbs/7_explore/09_studies.ipynb #c72c8b2d
 def gather(source) -> list[Point]:
@@ -416,7 +416,7 @@ class StudyExplorer(RecordExplorer):
             how = "measure some with aavae evaluate"
             raise InputError(f"{self.source} holds no records of trained networks; {how}")
         epochs = sorted({p["pretrain"]["epochs"] for p in self.trained})
-        times = [("the end of each run", 0), *((f"{e:g} epochs", e) for e in epochs)]
+        times = [("the end of each run", 0), *((f"{epochs_text(e)} epochs", e) for e in epochs)]
         controls = self.add(
             measure=choice("measure", measures, "linear" if "linear" in measures else measures[0]),
             epochs=choice("after", times, 0),
@@ -478,7 +478,7 @@ class StudyExplorer(RecordExplorer):
         button = W.Button(description=f"Open {p['run']}", tooltip=str(path), layout=W.Layout(width="auto"))
         button.disabled = not there
         button.on_click(lambda _: self.open_run(path))
-        text = f"{format_value(p)} {unit(p['metric'])} after {round(trained['epochs'], 2):g} epochs"
+        text = f"{format_value(p)} {unit(p['metric'])} after {epochs_text(trained['epochs'])} epochs"
         text += f", {trained['views_seen']:,} views, seed {trained['seed']}"
         if not there:
             text += "; only its records are here, not its weights"

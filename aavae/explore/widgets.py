@@ -35,7 +35,7 @@ from ..files import writer
 from ..identity import cache_folder
 from ..run import Run
 from ..train import pretrain
-from ..words import network_name
+from ..words import epochs_text, network_name
 
 try:
     import anywidget
@@ -419,7 +419,7 @@ class RunExplorer(Explorer):
         "A run in one line."
         facts = run.facts
         network = network_name(run.config.model)
-        return f"{run.config.objective.name}, {network}, {facts['label']}, {round(facts['epochs'], 2):g} epochs"
+        return f"{run.config.objective.name}, {network}, {facts['label']}, {epochs_text(facts['epochs'])} epochs"
 
     def note(self) -> str:
         "What is odd about the runs at this moment."

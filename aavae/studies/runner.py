@@ -32,7 +32,7 @@ from .measure import Task, measure
 from .plan import Job, Options, plan
 from .results import Point, folded, points, study_table
 from ..train import pretrain
-from ..words import factor, format_table
+from ..words import epochs_text, factor, format_table
 
 # %% ../../nbs/6_studies/05_runner.ipynb #7ef908c3
 class Journal:
@@ -160,7 +160,7 @@ def state(job: Job, out: Path) -> str:
         keys = [task.key(epoch) for task, epoch in measurements(job, Run.load(folder))]
         return "done" if set(keys) <= set(journal.done) else "trained, to be measured"
     try:
-        return f"at epoch {round(encoder_facts(folder / 'encoder.safetensors')['epochs'], 2):g}"
+        return f"at epoch {epochs_text(encoder_facts(folder / 'encoder.safetensors')['epochs'])}"
     except InputError:
         return "to do"
 

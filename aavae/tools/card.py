@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..model import ModelConfig
 from ..records import versions
 from ..run import Run, encoder_facts
-from ..words import format_table, network_name, results_table
+from ..words import epochs_text, format_table, network_name, results_table
 
 # %% ../../nbs/8_tools/06_card.ipynb #1d252c28
 FILES = {
@@ -123,7 +123,7 @@ def _facts_table(run: Run, facts: dict[str, Any]) -> str:
     views = [f"{k.split('.')[1]} {v}" for k, v in config.flat().items() if k.startswith("views.")]
     if not config.objective.augment:
         views = ["none: the images as they are"]
-    budget = f"{round(facts['epochs'], 2):g} epochs, {facts['views_seen']:,} views, {facts['minutes']:.1f} minutes"
+    budget = f"{epochs_text(facts['epochs'])} epochs, {facts['views_seen']:,} views, {facts['minutes']:.1f} minutes"
     after = f"{train.warmup_epochs} warm-up epochs, batch {train.batch_size}, seed {train.seed}"
     rows = {
         "architecture": f"{network_name(model)}, {stem}",

@@ -32,7 +32,7 @@ from ..records import Measurement, make_record
 from ..rng import permutation, uniform
 from ..run import Run, Subject
 from ..train import pretrain
-from ..words import below_untrained, format_table
+from ..words import below_untrained, epochs_text, format_table
 
 # %% ../../nbs/8_tools/01_demo.ipynb #9d624dc5
 DEGREES, PIXELS = 20, 2  # the most that a test image is rotated and shifted
@@ -239,7 +239,7 @@ def _budget(runs: dict[str, Run]) -> str:
     for name, run in runs.items():
         facts = run.facts
         took = f"{60 * facts['minutes']:.0f} s"
-        parts.append(f"{name} {facts['views_seen']:,} views ({round(facts['epochs'], 2):g} epochs) in {took}")
+        parts.append(f"{name} {facts['views_seen']:,} views ({epochs_text(facts['epochs'])} epochs) in {took}")
     return ", ".join(parts)
 
 
